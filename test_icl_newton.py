@@ -89,6 +89,8 @@ def slow_newton(steps, alpha):
 
 
 def close(actual, expected, message, tolerance=1e-9):
+    """Equal shapes, and equal entries up to a tolerance relative to the largest."""
+    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
     assert tuple(actual.shape) == tuple(expected.shape), f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     scale = max(expected.abs().max().item(), 1e-3)
     error = (actual.double() - expected.double()).abs().max().item() / scale
@@ -298,6 +300,101 @@ def test_ex08_best_match(icl):
     assert torch.equal(icl.best_match(similarity), expected), "for each step of a (a row), the index of b's most similar step"
     batch = torch.rand(3, 2, 7)
     assert torch.equal(icl.best_match(batch), torch.stack([icl.best_match(s) for s in batch])), "leading axes are batches"
+
+
+def loop_attention(h, heads, mask):
+    """ReLU attention with residual for one sequence h (T, D), token by token."""
+    out = h.copy()
+    for Q, K, V in heads:
+        for t in range(len(h)):
+            for j in range(len(h)):
+                out[t] += mask[t, j] * max((Q @ h[t]) @ (K @ h[j]), 0.0) * (V @ h[j])
+    return out
+
+
+def loop_newton_layer(icl, h, d, mask):
+    """One layer with the weights of newton_layer(d), by loops."""
+    heads, (up, down) = icl.newton_layer(d)
+    heads = [[np.asarray(matrix) for matrix in head] for head in heads]
+    h = loop_attention(h, heads, mask)
+    return h + np.stack([np.asarray(down) @ np.maximum(np.asarray(up) @ token, 0.0) for token in h])
+
+
+@pytest.mark.parametrize("n, d, symmetric", [(3, 1, True), (6, 3, True), (3, 5, True), (6, 3, False), (3, 5, False)])
+def test_ex09_newton_layer(icl, n, d, symmetric):
+    rng = np.random.default_rng(SEED)
+    X, y, T = rng.normal(size=(n + 1, d)), rng.normal(size=n + 1), rng.normal(size=(d, d))
+    T = T + T.T if symmetric else T
+    S = X[:n].T @ X[:n]  # the last token is a query
+    mask = np.ones((n + 1, n + 1)) * (np.arange(n + 1) < n)
+    h = loop_newton_layer(icl, np.concatenate([X @ T.T, X, y[:, None]], axis=1), d, mask)
+    assert np.allclose(h[:, d:], np.concatenate([X, y[:, None]], axis=1)), "the layer must leave x and y alone"
+    half, double = X @ (T - 0.5 * T @ S @ T).T, X @ (2 * T - T @ S @ T).T
+    assert not np.allclose(h[:, :d], half), "T - 1/2 T S T is right, but the MLP must double it"
+    assert not np.allclose(h[:, :d], X @ (2 * T - 2 * T @ S @ T).T), "the MLP doubles the attention too: V needs -1/2"
+    if not symmetric:
+        why = "this is 2T - T S T^T, right only for symmetric T; with scores <x_j, T x_t> rounding dies out"
+        assert not np.allclose(h[:, :d], X @ (2 * T - T @ S @ T.T).T), why
+    assert np.allclose(h[:, :d], double), "not (2T - T S T) x: do the heads' values have opposite signs?"
+
+
+def test_ex09_shapes(icl):
+    heads, (up, down) = icl.newton_layer(4)
+    assert [[tuple(m.shape) for m in head] for head in heads] == [[(4, 9), (4, 9), (9, 9)]] * 2, "two heads (Q, K, V)"
+    assert (up.shape, down.shape) == ((8, 9), (9, 8)), "the MLP's matrices are up (2d, 2d+1) and down (2d+1, 2d)"
+
+
+def some_covariance(d=None):
+    """A random symmetric positive matrix (d, d), float64, with eigenvalues between 1/16 and 2."""
+    d = d or random.randint(2, 5)
+    U = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q
+    return U * torch.empty(d, dtype=torch.float64).uniform_(1 / 16, 2) @ U.mT
+
+
+def second_moment(Sigma, n):
+    """E[H^2] of H = (1/n) sum_i x_i x_i^T, from Isserlis' E[abcd] = E[ab]E[cd] + E[ac]E[bd] + E[ad]E[bc]: (d, d)."""
+    S, d, result = Sigma.numpy(), len(Sigma), np.zeros(Sigma.shape)
+    for i in range(d):
+        for k in range(d):
+            for j in range(d):  # (H^2)_ik = sum_j H_ij H_jk; two different examples are independent
+                same = S[i, j] * S[j, k] + S[i, j] * S[j, k] + S[i, k] * S[j, j]
+                result[i, k] += (n * same + n * (n - 1) * S[i, j] * S[j, k]) / n**2
+    return torch.from_numpy(result)
+
+
+def test_ex10_optimal_preconditioner_is_stationary(icl):
+    Sigma, n = some_covariance(), random.randint(2, 30)
+    A, trace = icl.optimal_preconditioner(Sigma, n), Sigma.trace()
+    assert A.shape == Sigma.shape, "A is a (d, d) matrix: put the eigenvalues back between Sigma's eigenvectors"
+    one = torch.eye(len(Sigma), dtype=torch.float64)
+    for wrong, mistake in (
+        ((n + 1) / n * Sigma + trace / n * one, "this is A's inverse"),
+        (torch.linalg.inv(Sigma + trace / n * one), "factor (n+1)/n missing"),
+        (torch.linalg.inv((n + 1) / n * Sigma), "the term with the sum of all eigenvalues is missing"),
+        (torch.linalg.inv((n + 1) / n * Sigma + trace * one), "the sum of the eigenvalues is to be divided by n"),
+        (torch.linalg.inv((n + 1) / n * Sigma + 1 / n * one), "sum of the eigenvalues missing, only its 1/n is there"),
+        (torch.diag(torch.linalg.eigvalsh(torch.linalg.inv((n + 1) / n * Sigma + trace / n * one)).flip(0)),
+         "right eigenvalues, but not between Sigma's eigenvectors: U diag(a) U^T"),
+    ):
+        assert (A - wrong).abs().max() > 1e-9, mistake
+    # d/dA of E |x_q - H A x_q|^2 = tr(Sigma) - 2 tr(Sigma A Sigma) + tr(A^T E[H^2] A Sigma)
+    gradient = 2 * (second_moment(Sigma, n) @ A - Sigma) @ Sigma
+    close(gradient, torch.zeros_like(Sigma), "the gradient of the expected loss is not 0 at this A")
+
+
+def test_ex10_loss_of_the_optimum(icl):
+    """At theorem 1's A the loss is sum_i lambda_i (1 - lambda_i a_i): against simulated prompts."""
+    Sigma, n, prompts = some_covariance(3), 12, 100_000
+    A, rng = icl.optimal_preconditioner(Sigma, n).numpy(), np.random.default_rng(SEED)
+    X = rng.multivariate_normal(np.zeros(3), Sigma.numpy(), size=(prompts, n + 1))
+    w = rng.standard_normal((prompts, 3))
+    y = np.einsum("pid,pd->pi", X, w)
+    step = np.einsum("pi,pid->pd", y[:, :n], X[:, :n]) @ A / n
+    errors = (np.einsum("pd,pd->p", step, X[:, n]) - y[:, n]) ** 2
+    lambdas = np.linalg.eigvalsh(Sigma.numpy())
+    a = 1 / ((n + 1) / n * lambdas + lambdas.sum() / n)
+    off = abs(errors.mean() - (lambdas * (1 - lambdas * a)).sum()) / (errors.std() / math.sqrt(prompts))
+    assert off < 5, f"the simulated loss of A is {off:.1f} standard errors from the closed form"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -662,7 +759,7 @@ def test_similarity_of_weights_is_a_mean_cosine():
 
 
 def test_spectral_filter_equals_the_closed_forms():
-    d, n, lr, alpha = 3, 6, 0.02, 1e-3
+    d, lr, alpha = 3, 0.02, 1e-3
     spectrum = torch.tensor([1.0, 3.0, 8.0], dtype=torch.float64)  # planted: X^T X = U diag(spectrum) U^T at t = d
     U = torch.linalg.qr(torch.randn(4, d, d, dtype=torch.float64)).Q
     xs = torch.cat([spectrum.sqrt()[:, None] * U.mT, torch.randn(4, 1, d, dtype=torch.float64)], dim=1)
@@ -687,6 +784,381 @@ def test_forgetting_asks_old_examples_again():
         slow += (x[:6] @ w - y[:6]) ** 2 / 3 / 4
     close(icl_newton.forgetting_error(icl_newton.online_gradient_descent, xs, ys), torch.tensor(slow), "error on x_i after all n examples")
     assert slow[-1] < 1e-9, "the newest example is never forgotten"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hand-written network (Fu, theorem 5.1)
+
+
+def prompts(count, n, d, kappa=1.0, noise=0.0, seed=0):
+    return icl_newton.sample_prompts(count, n, d, kappa=kappa, noise=noise, generator=torch.Generator().manual_seed(seed))
+
+
+def loop_newton(xs, ys, steps, alpha):
+    """Newton for one prompt and one prefix at a time: (steps+1, prompts, n+1)."""
+    xs, ys = xs.double().numpy(), ys.double().numpy()
+    out = np.zeros((steps + 1, *ys.shape))
+    for p in range(len(ys)):
+        for t in range(ys.shape[1]):
+            X, y = xs[p, :t], ys[p, :t]
+            S = X.T @ X
+            M = alpha * S
+            for k in range(steps + 1):
+                out[k, p, t] = xs[p, t] @ M @ X.T @ y
+                M = 2 * M - M @ S @ M
+    return torch.from_numpy(out)
+
+
+def safe_alpha(xs):
+    """0.9/||S||^2 for the largest S of these prompts, by a route of its own."""
+    X = xs.double().numpy()
+    return 0.9 / max(np.linalg.norm(x.T @ x, 2) for x in X[:, :-1]) ** 2
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("kappa", [1.0, 100.0])
+@pytest.mark.parametrize("n, d", [(1, 2), (4, 1), (6, 3), (10, 5), (7, 8)])
+def test_construction_is_newton(n, d, kappa, noise):
+    xs, ys = prompts(3, n, d, kappa if d > 1 else 1.0, noise)
+    alpha = safe_alpha(xs)
+    ours, target = icl_newton.construction(xs, ys, 20, alpha=alpha), loop_newton(xs, ys, 20, alpha)
+    scale = ys.square().mean().sqrt()
+    assert ours.shape == (21, 3, n + 1) and ours.dtype == torch.float64
+    apart = (ours - target).abs().amax((1, 2)) / scale
+    assert apart[0] < 1e-12, "step 0 is wrong: check the first layer, the readout, and that the query is no key"
+    assert apart[1] < 1e-12, "one Newton layer is wrong: is the -1/2 there, does the MLP double the top block only?"
+    assert apart.max() < 1e-11, (
+        f"right at first, {apart.max():.0e} off after {apart.argmax()} layers. An error that doubles in every layer "
+        "comes from scores <T x_j, x_t>, which make T S T^T; <x_j, T x_t> makes T S T and forgets rounding"
+    )
+
+
+def test_default_alpha_is_one_safe_number_and_steps_can_be_chosen():
+    xs, ys = prompts(8, 10, 5)
+    xs[0] *= 2  # prompts of unequal size need unequal alphas; the network has only one
+    X = xs[:, :-1].double()
+    alpha = 1 / torch.stack([torch.linalg.matrix_norm(x.T @ x @ x.T @ x) for x in X]).max()
+    chosen = icl_newton.construction(xs, ys, [0, 3, 17])
+    assert chosen.shape == (3, 8, 11), "entries are the steps asked for, in order"
+    target = loop_newton(xs, ys, 17, alpha.item())[[0, 3, 17]]
+    assert (chosen - target).abs().max() < 1e-9, "alpha must be one constant: 1/max ||S S^T||_F over these prompts"
+    assert (chosen - icl_newton.newton(xs, ys, [0, 3, 17], alpha=alpha)).abs().max() < 1e-9, "differs from newton()"
+
+
+def test_relu_attention_matches_loops():
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=generator)
+    rows = [(2, 2, 5), (3, 3, 5)]  # of Q, K, V in two heads
+    heads = [tuple(torch.randn(r, 5, dtype=torch.float64, generator=generator) for r in head) for head in rows]
+    mask = (torch.rand(3, 4, 4, generator=generator) < 0.6).double()
+    ours = icl_newton.relu_attention(h, heads, mask)
+    arrays = [[m.numpy() for m in head] for head in heads]
+    target = np.stack([[loop_attention(h[a, b].numpy(), arrays, mask[b].numpy()) for b in range(3)] for a in range(2)])
+    assert np.allclose(ours, target, atol=1e-12), "mask[t, j] is about query t and key j; the residual h is added once"
+
+
+def test_heads_of_opposite_sign_pass_the_score_on_and_equal_ones_its_size():
+    one = torch.ones(1, 1, dtype=torch.float64)
+    h = torch.tensor([[2.0], [-3.0]], dtype=torch.float64)  # scores <h_t, h_j>: 4, -6; -6, 9
+    mask = torch.ones(2, 2, dtype=torch.float64)
+
+    def added(heads):
+        return (icl_newton.relu_attention(h, heads, mask) - h).flatten().tolist()
+
+    signed, sizes = [4 * 2 + -6 * -3, -6 * 2 + 9 * -3], [4 * 2 + 6 * -3, 6 * 2 + 9 * -3]
+    assert added(icl_newton.linear_heads(one, one, one)) == signed, "ReLU(s) - ReLU(-s) = s: the second head's value is -V"
+    assert added([(one, one, one), (-one, one, one)]) == sizes, "ReLU(s) + ReLU(-s) = |s|, as in the printed proof"
+
+
+def test_nothing_leaks_into_a_prefix():
+    xs, ys = prompts(4, 8, 3)
+    alpha, t = safe_alpha(xs) / 100, 5
+    before = icl_newton.construction(xs, ys, 6, alpha=alpha)
+    other_ys, other_xs = ys.clone(), xs.clone()
+    other_ys[:, t:] += 7
+    after = icl_newton.construction(xs, other_ys, 6, alpha=alpha)
+    assert torch.equal(after[..., : t + 1], before[..., : t + 1]), "a prediction saw its answer: the query's y is 0"
+    other_xs[:, t + 1 :] += 1
+    after = icl_newton.construction(other_xs, other_ys, 6, alpha=alpha)
+    assert torch.equal(after[..., : t + 1], before[..., : t + 1]), "a prediction saw a later example"
+    other_xs[:, t] *= 3  # Newton's prediction is linear in the query, unless the query is among the keys
+    after = icl_newton.construction(other_xs, other_ys, 6, alpha=alpha)
+    assert torch.allclose(after[..., t], 3 * before[..., t]), "not linear in x_q: mask the query as a key"
+    assert (before[..., 0] == 0).all(), "without examples the prediction is 0"
+
+
+def test_a_causal_mask_breaks_the_identity():
+    xs, ys = prompts(16, 10, 5)
+    ours, causal = icl_newton.construction(xs, ys, 12), icl_newton.construction(xs, ys, 12, causal=True)
+    gap = (causal - ours).abs().amax(1) / ys.square().mean().sqrt()  # (steps, n+1)
+    assert gap[0, 1] == 0 and gap[0, 2:].max() < 1, "a single example is its own whole prefix"
+    assert gap[1:, 10].min() > 1e-2, "the causal variant agrees with Newton: is the mask used in every layer?"
+
+
+def test_printed_order_of_query_and_key_doubles_rounding():
+    xs, ys = prompts(16, 10, 5)
+    target = icl_newton.construction(xs, ys, [0, 30])
+    printed = icl_newton.construction(xs, ys, [0, 30], printed=True)
+    gap = (printed - target).abs().amax((1, 2)) / ys.square().mean().sqrt()
+    assert gap[0] == 0 and 1e-10 < gap[1] < 1e-4, "T S T^T is T S T until 2^30 times the rounding error shows"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear attention (Ahn)
+
+
+def gaussian_prompts(prompts, n, d):
+    """xs (prompts, n+1, d) ~ N(0, I) and ys = w.x with w ~ N(0, I), float64, without help from the file under test."""
+    xs = torch.randn(prompts, n + 1, d, dtype=torch.float64)
+    return xs, (xs @ torch.randn(prompts, d, 1, dtype=torch.float64)).squeeze(-1)
+
+
+def test_linear_attention_is_the_printed_formula(icl):
+    d, n = random.randint(2, 4), random.randint(3, 8)
+    Z = torch.randn(3, d + 1, n + 1, dtype=torch.float64)
+    P, Q = torch.randn(2, d + 1, d + 1, dtype=torch.float64)  # any weights, not only those of gradient descent
+    M = np.diag([1.0] * n + [0.0])
+    expected = np.stack([z + P.numpy() @ z @ M @ (z.T @ Q.numpy() @ z) / n for z in Z.numpy()])
+    unmasked = np.stack([z + P.numpy() @ z @ (z.T @ Q.numpy() @ z) / n for z in Z.numpy()])
+    output = icl.linear_attention(Z, P, Q)
+    assert (output - torch.from_numpy(unmasked)).abs().max() > 1e-9, "query used as an example: mask missing"
+    close(output, torch.from_numpy(expected), "not Z + (1/n) P Z M (Z^T Q Z); is it 1/n, n without the query?")
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_layers_are_steps_of_preconditioned_gradient_descent(icl, symmetric):
+    """Lemma 1. For an A that is not symmetric, the layer's step is preconditioned by A^T."""
+    d, n, L = random.randint(2, 5), random.randint(3, 12), random.randint(2, 6)
+    xs, ys = gaussian_prompts(1, n, d)
+    ys = ys + torch.randn_like(ys)  # no rule fits: the identity does not need one
+    A = 0.3 * torch.randn(L, d, d, dtype=torch.float64)
+    A = A + A.mT if symmetric else A
+    w, expected = np.zeros(d), []
+    for layer in A.numpy():
+        gradient = np.zeros(d)
+        for x, y in zip(xs[0, :n].numpy(), ys[0, :n].numpy()):
+            gradient += (w @ x - y) * x / n
+        w = w - layer.T @ gradient
+        expected.append(w @ xs[0, n].numpy())
+    predictions = icl.linear_transformer(A, xs, ys)[:, 0]
+    expected = torch.tensor(expected, dtype=torch.float64)
+    assert (predictions + expected).abs().max() > 1e-9, "sign: the prediction is minus the last entry of Z"
+    close(predictions, expected, "the layers are not w <- w - A grad R(w), R(w) = (1/2n) sum (w.x_i - y_i)^2", 1e-10)
+
+
+def test_the_right_preconditioner_solves_a_prompt_in_one_layer(icl):
+    d = random.randint(2, 4)
+    xs, ys = gaussian_prompts(1, 3 * d, d)
+    H = xs[0, :-1].mT @ xs[0, :-1] / (3 * d)
+    close(icl.linear_transformer(torch.linalg.inv(H)[None], xs, ys)[0], ys[:, -1], "A = H^-1 is one step of Newton")
+
+
+def test_the_answer_to_the_query_does_not_leak(icl):
+    d, n = random.randint(2, 4), random.randint(3, 8)
+    (xs, ys), A = gaussian_prompts(4, n, d), torch.randn(3, d, d, dtype=torch.float64)
+    other = ys.clone()
+    other[:, -1] += 100
+    close(icl.linear_transformer(A, xs, other), icl.linear_transformer(A, xs, ys), "the query's own answer is used", 0)
+    Z = torch.randn(2, d + 1, n + 1, dtype=torch.float64)
+    moved = Z.clone()
+    moved[..., -1] += 1
+    P, Q = torch.randn(2, d + 1, d + 1, dtype=torch.float64)
+    examples, expected = icl.linear_attention(moved, P, Q)[..., :n], icl.linear_attention(Z, P, Q)[..., :n]
+    close(examples, expected, "query used as an example: mask missing")
+
+
+def test_correlated_prompts_have_their_covariances(icl):
+    Sigma, W = some_covariance(3).float(), some_covariance(3).float()
+    generator = torch.Generator().manual_seed(SEED)
+    xs, ys = (z.double() for z in icl.correlated_prompts(50_000, 8, Sigma, W, generator))
+    w = torch.linalg.lstsq(xs[:, :8], ys[:, :8, None]).solution.squeeze(-1)  # (prompts, d): eight answers give w away
+    close(torch.einsum("pd,pd->p", xs[:, 8], w), ys[:, 8], "y is not w.x with one w per prompt", 1e-4)
+    close(xs[:, 0].mT.cov(), Sigma, "covariance of x", 0.05)
+    scale = torch.linalg.inv(torch.linalg.cholesky(W.double()))
+    close((w @ scale.mT).mT.cov(), torch.eye(3), "covariance of w", 0.05)
+
+
+def test_distance_to_identity_is_a_minimum(icl):
+    M = torch.randn(4, 3, 3)
+    grid = torch.linspace(-4, 4, 8001)[:, None, None, None]
+    slow = ((M - grid * torch.eye(3)).square().sum((-1, -2)).sqrt() / M.square().sum((-1, -2)).sqrt()).amin(0)
+    close(icl.distance_to_identity(M), slow, "not min_a ||M - a I|| / ||M||", 1e-4)
+    close(icl.distance_to_identity(-2.5 * torch.eye(4)), 0.0, "a multiple of I is at distance 0", 1e-6)
+
+
+def test_tuned_descent_has_the_best_step_sizes(icl):
+    """The fit over combinations, which could beat real step sizes, against one and two steps of all sizes on a grid."""
+    prompts, inverse = gaussian_prompts(500, 8, 3), some_covariance(3)
+    losses = icl.tuned_descent(inverse, 2, prompts, prompts)
+    xs, ys = prompts
+    H, b = xs[:, :-1].mT @ xs[:, :-1] / 8, (xs[:, :-1].mT @ ys[:, :-1, None]) / 8
+
+    def loss(*sizes):
+        w = torch.zeros_like(b)
+        for size in sizes:
+            w = w - size * inverse @ (H @ w - b)
+        return ((xs[:, -1] * w.squeeze(-1)).sum(-1) - ys[:, -1]).square().mean().item()
+
+    sizes = np.geomspace(0.1, 20, 60)
+    close(losses[0], min(loss(s) for s in sizes), "one step: not the best size", 0.01)
+    best = min(loss(s, r) for s in sizes for r in sizes if s >= r)
+    assert best >= losses[1] - 1e-9, "some two steps beat the fit"
+    close(losses[1], best, "two steps: not the best sizes", 0.01)
+
+
+def test_training_finds_the_optimum_of_a_small_problem(icl):
+    history = icl.train_preconditioners(2, 6, torch.eye(2), torch.eye(2), lr=0.1, batch=64, steps=150, seed=SEED)
+    again = icl.train_preconditioners(2, 6, torch.eye(2), torch.eye(2), lr=0.1, batch=64, steps=150, seed=SEED)
+    assert history.shape == (151, 2, 2, 2) and torch.equal(history, again)
+    xs, ys = (z.float() for z in gaussian_prompts(20_000, 6, 2))
+    first, last = ((icl.linear_transformer(A, xs, ys)[-1] - ys[:, -1]).square().mean() for A in history[[0, -1]])
+    (_, best) = icl.tuned_descent(torch.eye(2), 2, (xs, ys), (xs, ys))
+    assert last < first / 2 and last < 1.3 * best, f"loss {first:.3f} -> {last:.3f}; the best steps reach {best:.3f}"
+    assert (history[-1, 0] - history[-1, 1]).abs().max() > 0.05, "two steps of the same size are not the best two"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Softmax attention in stages (Huang)
+
+
+K, N, PROMPTS = 5, 12, 6
+
+
+def example(seed=0):
+    """A nonzero Q (K, K), tokens (PROMPTS, N), their counts (PROMPTS, K) and unequal p (K,), all float64."""
+    g = torch.Generator().manual_seed(seed)
+    Q = torch.randn(K, K, generator=g, dtype=torch.float64)
+    tokens = torch.randint(K, (PROMPTS, N), generator=g)
+    tokens[0][tokens[0] == 2] = 3  # feature 2 is missing from prompt 0
+    counts = torch.stack([(tokens == k).sum(1) for k in range(K)], dim=1).double()
+    return Q, tokens, counts, torch.tensor([0.4, 0.3, 0.1, 0.15, 0.05], dtype=torch.float64)
+
+
+def token_attention(Q, tokens, k):
+    """Softmax attention of query v_k on single tokens, in a rotated feature basis: weights (N,), inputs xs, x_q."""
+    V = torch.linalg.qr(torch.randn(7, K, generator=torch.Generator().manual_seed(9), dtype=torch.float64)).Q
+    xs, x_q, Q_in_space = V.T[tokens], V[:, k], V @ Q @ V.T  # features are any orthonormal vectors of R^7
+    scores = torch.stack([x @ Q_in_space @ x_q for x in xs])
+    return scores.exp() / scores.exp().sum(), xs, x_q
+
+
+def closed_form(Q, tokens, k):
+    """Minus the gradient by Q[:, k] for one prompt with query k, from the formulas of the chapter: (K,)."""
+    weights, _, _ = token_attention(Q, tokens, k)
+    a = [weights[tokens == n].sum().item() for n in range(K)]
+    others = sum(a[m] ** 2 for m in range(K) if m != k)
+    return torch.tensor(
+        [a[k] * ((1 - a[k]) ** 2 + others) if n == k else a[n] * (others - a[n] - a[k] * (1 - a[k])) for n in range(K)],
+        dtype=torch.float64,
+    )
+
+
+def test_loss_on_counts_is_the_loss_on_tokens():
+    Q, tokens, counts, _ = example()
+    for k in range(K):
+        slow = 0
+        for prompt in tokens:
+            weights, xs, x_q = token_attention(Q, prompt, k)
+            slow += 0.5 * (weights @ xs - x_q).square().sum() / PROMPTS  # E (w.z)^2 = |z|^2
+        fast = icl_newton.query_losses(Q, counts)[k]
+        assert torch.isclose(fast, slow), (
+            f"query {k}: {fast:.6f}, but {slow:.6f} on tokens. Softmax over features needs + log counts; the column "
+            "of Q, not the row, is the query; prompts are averaged, features are not."
+        )
+
+
+def test_loss_is_the_expectation_over_w():
+    Q, tokens, counts, _ = example()
+    ws = torch.randn(40_000, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    k, prompt = 1, tokens[1]
+    weights, xs, x_q = token_attention(Q, prompt, k)
+    samples = 0.5 * ((ws @ xs.T) @ weights - ws @ x_q).square()  # answers y_i = w.x_i, prediction minus w.x_q
+    error = samples.std() / math.sqrt(len(ws))
+    difference = icl_newton.query_losses(Q, counts[1:2])[k] - samples.mean()
+    assert difference.abs() < 4 * error, f"off by {difference / error:.1f} standard errors: is the factor 1/2 there?"
+
+
+def test_gradient_is_the_closed_form():
+    Q, tokens, counts, p = example()
+    slow = torch.zeros(K, K, dtype=torch.float64)
+    for prompt in tokens:
+        for k in range(K):
+            slow[:, k] -= p[k] * closed_form(Q, prompt, k) / PROMPTS
+    Q.requires_grad_()
+    (fast,) = torch.autograd.grad(p @ icl_newton.query_losses(Q, counts), Q)
+    assert torch.allclose(fast.diagonal(), slow.diagonal()), "dA_k differs: is each query weighted by its p_k?"
+    assert torch.allclose(fast, slow), "dB_{k,n} differs though dA_k agrees: are B's axes swapped?"
+
+
+def test_only_the_columns_of_queries_move():
+    Q, _, counts, p = example()
+    p[3] = 0
+    Q.requires_grad_()
+    (gradient,) = torch.autograd.grad(p @ icl_newton.query_losses(Q, counts), Q)
+    moved = gradient.abs().amax(0) > 0
+    assert moved.tolist() == [True, True, True, False, True], (
+        f"columns that move: {moved.tolist()}; feature 3 is never a query. If all move, softmax ran over queries."
+    )
+    assert gradient.sum(0).abs().max() < 1e-12, "softmax ignores a shift of a column: gradients sum to 0"
+
+
+def test_an_absent_feature_gets_no_attention_and_the_floor():
+    Q, _, counts, _ = example()
+    Q[2, 2] = 50.0  # even an enormous A_2 cannot find what is not there
+    Q.requires_grad_()
+    loss = icl_newton.query_losses(Q, counts[:1])[2]
+    (gradient,) = torch.autograd.grad(loss, Q)
+    assert loss >= 0.5, f"loss {loss:.3f} for a feature missing from the prompt: log 0 must hide it"
+    assert gradient.isfinite().all() and gradient[2, 2] == 0, "the logarithm of a zero count leaks into the gradient"
+
+
+def test_first_step_of_training():
+    """At Q = 0 attention is counts / N, so that the first step is known up to sampling noise."""
+    size, p_1, eta = 4, 0.4, 3.0
+    path = icl_newton.train_attention(size, p_1, 2, eta=eta, prompts=20_000)
+    assert path[0, 2:].eq(0).all(), "Q starts at 0, and the path records it before the step"
+    p = torch.tensor([p_1] + [0.2] * 3)
+    torch.manual_seed(0)
+    a = torch.distributions.Multinomial(10 * size, p).sample((100_000,)) / (10 * size)
+
+    def expected(n, k):
+        others = a.square().sum(1) - a[:, k] ** 2
+        move = (1 - a[:, k]) ** 2 + others if n == k else others - a[:, n] - a[:, k] * (1 - a[:, k])
+        return (eta * p[k] * a[:, n] * move).mean()
+
+    for column, name, slow in ((2, "A_1", expected(0, 0)), (3, "A_k", expected(1, 1)), (4, "B_{k,1}", expected(0, 1))):
+        assert torch.isclose(path[1, column], slow, rtol=0.01), (
+            f"{name} moves by {path[1, column]:.4f}, not {slow:.4f}: check eta, p_k = (1 - p_1) / (K - 1) and the sign"
+        )
+
+
+def test_until_switch_only_stops_early():
+    short = icl_newton.train_attention(8, 0.5, 200, until_switch=True)
+    long = icl_newton.train_attention(8, 0.5, 200)
+    assert len(short) < 100 and torch.equal(short, long[: len(short)]), "stopping changed the path, or never happened"
+    assert 0 < icl_newton.lead_steps(short)[1] < len(short) - 1, "it must stop after the switch, where A + B is lowest, not at it"
+    assert icl_newton.lead_steps(short)[1] == icl_newton.lead_steps(long)[1], "the switch is found at another step in the longer run"
+
+
+def test_balanced_features_are_alike():
+    path = icl_newton.train_attention(8, 1 / 8, 300)
+    assert icl_newton.lead_steps(path)[1] == 0, "balanced, A_k leads from the first step"
+    assert (path[-1, 2] - path[-1, 3]).abs() < 0.1, "balanced, feature 1 must not differ from the others"
+
+
+def test_steps_above_takes_the_floor_away():
+    floor = 0.5 * 0.9**20
+    loss = floor + 0.5 ** torch.arange(10.0)  # an excess of 1, 1/2, 1/4, ...
+    assert icl_newton.steps_above(0.1, loss, 0.1, 20) == 4, "1, 1/2, 1/4 and 1/8 are above a tenth: the floor was not subtracted"
+    assert icl_newton.steps_above(0.001, loss, 0.1, 20) == 10, "never below the share: all steps"
+
+
+def test_lead_steps_compare_speeds():
+    t = torch.arange(100.0)
+    path = torch.stack([0 * t, 0 * t, 0 * t, 0.1 * t, -torch.log(t + 10)], dim=1)  # dA = 0.1, -dB = 1 / (t + 10)
+    assert icl_newton.lead_steps(path)[:2] == [0, 0], "B never leads here"
+    path[:, 4] = -torch.log(t + 1)  # -dB = 1 / (t + 1) is 0.2, 0.1 and 0.05 at t = 4, 9 and 19
+    assert icl_newton.lead_steps(path) == [4, 9, 19], f"{icl_newton.lead_steps(path)}: not B 2:1 until 4, even at 9, A 2:1 from 19"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
