@@ -90,6 +90,7 @@ class Config:
     batch: int = 128  # fresh prompts per step
     muon_lr: float = 0.007  # Muon's step size: the blocks' weight matrices
     adam_lr: float = 0.01  # AdamW's step size: embedding, positions and readout
+    attention_steps: int = 600  # training steps of each linear-attention model in section 14
     curriculum: int = 0  # steps per added dimension, starting at 2; 0: all d dimensions from the start
     seed: int = 1  # of initial weights and of all prompts
     # How it is examined
@@ -132,8 +133,10 @@ class Config:
 
 PRESETS = {
     "default": {},
-    "quick": dict(d=3, n=6, layers=6, width=32, heads=2, steps=400, batch=64, probes=512, prompts=256),
-    "paper": dict(d=20, n=40, layers=12, width=256, heads=8, steps=30_000, curriculum=50, prompts=320),
+    "quick": dict(d=3, n=6, layers=6, width=32, heads=2, steps=300, batch=64, probes=512, prompts=256,
+                  attention_steps=60, out="figures/quick"),
+    "paper": dict(d=20, n=40, layers=12, width=256, heads=8, steps=30_000, curriculum=50, batch=64, prompts=320,
+                  out="figures/paper"),
 }
 
 # The setting of one training run, and so the name of its checkpoint; nothing else changes the trained weights.
@@ -153,7 +156,8 @@ def sample_prompts(prompts, n, d, *, kappa=1.0, noise=0.0, generator=None):
     With kappa > 1 each prompt has its own covariance: a uniformly random eigenbasis, the first d//2 eigenvalues kappa
     times the others, rescaled to trace d (Fu, section 4.3). `noise` is the standard deviation of the noise on y.
     """
-    # Hint: A random eigenbasis is the Q of a QR decomposition; x = U diag(sqrt(eigenvalues)) z has covariance U diag U^T. (9 lines)
+    # Hint: a random eigenbasis U is the Q of a QR decomposition; U diag(sqrt(eigenvalues)) z has the right covariance.
+    # (11 lines)
     # BEGIN SOLUTION
     draw = functools.partial(torch.randn, generator=generator, device=generator.device if generator else None)
     xs = draw(prompts, n + 1, d)
@@ -252,7 +256,7 @@ def gradient_descent(xs, ys, steps, lr=None, w0=None, ridge=0.0):
     `lr` defaults to 1/lambda_max(S), prefix by prefix; `w0`, the start, (d,) or (prompts, 1, d), to 0. Along an
     eigenvector of S one step multiplies the error by 1 - lr lambda.
     """
-    # Hint: In the eigenbasis of S one step multiplies the error by 1 - lr lambda; or just write the loop. (4 to 10 lines)
+    # Hint: spectral_trajectory does all but the 1 - lr lambda; or write the plain loop over steps. (4 to 10 lines)
     # BEGIN SOLUTION
     def residual(eigenvalues, k):
         step_size = 1 / eigenvalues[..., -1:].clamp_min(TINY) if lr is None else lr
@@ -293,9 +297,11 @@ def newton(xs, ys, steps, alpha=None, ridge=0.0):
 # %% [markdown]
 # ## 4. The Transformer
 #
-# A GPT-2-like decoder on interleaved tokens x_1, y_1, ..., x_{n+1}: pre-norm blocks of causal attention and an MLP, each
-# adding to the residual stream. It predicts y_{t+1} at the token x_{t+1}, having seen t examples. All layers' matrices
-# of one shape live in one tensor, so that the optimiser can treat them together.
+# A GPT-2-like decoder on interleaved tokens x_1, y_1, ..., x_{n+1}: pre-norm blocks of causal attention and an MLP,
+# each adding to the residual stream. It predicts y_{t+1} at the token x_{t+1}, having seen t examples. Its MLPs are
+# twice as wide as the stream, not four times: the same error in fewer seconds. The matrices of all layers live in one
+# tensor, so that the optimiser can treat them together.
+
 
 
 # %%
@@ -492,8 +498,8 @@ def show_progress(config, step, loss, seconds_per_step):
     on_terminal, last = sys.stdout.isatty(), step == config.steps
     if on_terminal or last or step % max(config.steps // 10, 1) < 10:
         left = (config.steps - step) * seconds_per_step
-        line = f"  step {step:>6}/{config.steps}  loss/d {loss / config.d:.4f}  {1 / seconds_per_step:5.1f} steps/s  {left:4.0f} s left"
-        print(line, end="\r" if on_terminal and not last else "\n", flush=True)
+        line = f"  step {step:>6}/{config.steps}  loss/d {loss / config.d:.4f}  {1 / seconds_per_step:5.1f} steps/s"
+        print(f"{line}  {left:4.0f} s left", end="\r" if on_terminal and not last else "\n", flush=True)
 
 
 def train(config):
@@ -875,7 +881,8 @@ def convergence(study):
     # Superlinear convergence gains more digits per layer in the later half of the layers than in the earlier half.
     first, end = FIRST_LAYER - 1, L
     middle = (first + end) / 2
-    squares = (study.layers[[first, math.floor(middle), math.ceil(middle), end], :, n] - study.prompts[1][:, n]).square()
+    chosen = [first, math.floor(middle), math.ceil(middle), end]
+    squares = (study.layers[chosen, :, n] - study.prompts[1][:, n]).square()  # (4, prompts)
 
     def later_minus_earlier(error):  # in digits per layer
         start, below, above, last = error.log10().unbind(-1)
@@ -886,15 +893,16 @@ def convergence(study):
     return picture, numbers, [
         Claim("fig. 2", f"the error after {n} examples falls at every layer from layer {FIRST_LAYER} on", "falls",
               f"at {sum(falls)} of {len(falls)} layers", sum(falls) / len(falls), all(falls)),
-        Claim("fig. 2", "it falls superlinearly: more digits per layer in the later half of the layers than in the earlier",
-              "superlinear", f"{value:+.2f} digits per layer {brackets(gain)}", value, gain[0].item() > 0),
+        Claim("fig. 2", "it falls superlinearly: more digits per layer in the later half of them", "superlinear",
+              f"{value:+.2f} digits per layer {brackets(gain)}", value, gain[0].item() > 0),
     ]
 
 
 def plot_similarity(ax, similarity, counts, best, best_interval, ylabel):
     """Heatmap (L, K) of similarities, layers across and steps upwards; best matches as dots, 95% intervals as bars."""
     L, K = similarity.shape
-    image = ax.imshow(similarity.T, origin="lower", aspect="auto", vmin=0.5, vmax=1, extent=(0.5, L + 0.5, -0.5, K - 0.5))
+    extent = (0.5, L + 0.5, -0.5, K - 0.5)
+    image = ax.imshow(similarity.T, origin="lower", aspect="auto", vmin=0.5, vmax=1, extent=extent)
     rows = [torch.searchsorted(torch.as_tensor(counts).double(), x.contiguous()) for x in (best, *best_interval)]
     for layer, (middle, low, high) in enumerate(zip(*rows), start=1):
         ax.plot([layer, layer], [low, high], color="white", linewidth=3, alpha=0.7, solid_capstyle="round")
@@ -915,7 +923,7 @@ def heatmaps(study):
         image = plot_similarity(ax, match.similarity, match.counts, match.best, match.best_interval, label)
         numbers[name] = {"steps": match.counts.tolist(), "similarity": match.similarity.tolist()}
     picture.colorbar(image, ax=axes, label="similarity of errors", shrink=0.9)
-    picture.suptitle("Which step does each layer resemble? Best matches (dots), with what other prompts would say (bars)")
+    picture.suptitle("Which step is each layer most like? Best matches (dots), and what other prompts would say (bars)")
 
     last = {name: error_cosines(study.layers[-1:], trajectory, study.prompts[1])[0]  # (steps, prompts)
             for name, trajectory in (("OLS", study.ols), ("Newton", study.newton), ("GD", study.gd))}
@@ -923,7 +931,8 @@ def heatmaps(study):
     lead = interval(bootstrap(last["Newton"]).amax(-1) - bootstrap(last["GD"]).amax(-1)).tolist()
     return picture, numbers | {"last_layer": best}, [
         Claim("table 1", "the last layer makes the errors of Newton's limit, least squares: SimE at least .98", ".991",
-              f"{best['OLS']:.3f} {brackets(interval(bootstrap(last['OLS']))[:, 0], 3)}", best["OLS"], best["OLS"] >= 0.98),
+              f"{best['OLS']:.3f} {brackets(interval(bootstrap(last['OLS']))[:, 0], 3)}", best["OLS"],
+              best["OLS"] >= 0.98),
         Claim("table 1", "it resembles Newton more than GD, each at its best step: interval of the difference above 0",
               ".991 vs .957", f"{best['Newton']:.4f} vs {best['GD']:.4f}, difference {brackets(lead, 4)}",
               best["Newton"] - best["GD"], lead[0] > 0),
@@ -955,9 +964,9 @@ def rates(study):
                title=f"{match.slope:.1f} {unit} of {name} per layer (R$^2$ = {match.r2:.3f})")
         ax.legend(loc="lower right")
         numbers[name] = match.numbers() | {"paper": PAPER[name]}
-        claims.append(Claim(source, f"best-matching {name} steps grow {law}: R^2 at least .95, slope above 0", paper_fit,
-                            f"{match.slope:.2f} {brackets(match.slope_interval)}, R^2 {match.r2:.3f}", match.slope,
-                            match.r2 >= 0.95 and match.slope_interval[0] > 0))
+        claims.append(Claim(source, f"best-matching {name} steps grow {law}: R^2 at least .95, slope above 0",
+                            paper_fit, f"{match.slope:.2f} {brackets(match.slope_interval)}, R^2 {match.r2:.3f}",
+                            match.slope, match.r2 >= 0.95 and match.slope_interval[0] > 0))
     axes[1].set_yscale("log", base=2)
     picture.suptitle("What one layer is worth: a few more steps of Newton, but several times more steps of GD")
     return picture, numbers, claims
@@ -980,7 +989,8 @@ def progression(study):
         ax.legend(fontsize=7, ncols=2, loc="lower left")
     axes[0].set_ylabel("squared error / d")
     picture.suptitle("Layers and their Newton steps agree until the network's precision, about 1%, is reached")
-    return picture, {"best_newton_steps": best, "layers": layers.tolist(), "newton": steps.tolist(), "ols": least.tolist()}, []
+    numbers = {"layers": layers.tolist(), "newton": steps.tolist(), "ols": least.tolist(), "best_newton_steps": best}
+    return picture, numbers, []
 
 
 # %% [markdown]
@@ -1089,22 +1099,24 @@ MODELS["lstm"] = LSTM
 
 
 # %%
-def induced_weights(learner, xs, ys, queries=None):
+def induced_weights(learner, xs, ys, queries=None, chunk=16):
     """The linear rule behind a learner's answers: weights (steps, prompts, n+1, d) and their R^2 (steps, n+1).
 
     `learner` maps (xs, ys) to a trajectory. `queries` (T, d), T > d, all follow the same t examples; default: 4d of
-    standard normal. Entry [k, b, t] holds the least-squares weights (Fu, section 4.1).
+    standard normal. Entry [k, b, t] holds the least-squares weights (Fu, section 4.1). `chunk` prompts go at a time.
     """
-    (P, N, d), generator = xs.shape, torch.Generator().manual_seed(0)
-    queries = torch.randn(4 * d, d, generator=generator) if queries is None else queries
-    T, prefix = len(queries), torch.arange(N)
-    asked = xs[:, None, None].repeat(1, N, T, 1, 1)  # (prompts, prefix t, query, position, d)
-    asked[:, prefix, :, prefix] = queries.to(xs)  # position t of prefix t asks the query; what follows is not seen
-    answered = ys[:, None, None].expand(P, N, T, N)
-    answers = learner(asked.reshape(-1, N, d), answered.reshape(-1, N)).unflatten(1, (P, N, T))
-    answers = answers[:, :, prefix, :, prefix].permute(1, 2, 0, 3)  # -> (steps, prompts, n+1, T)
-    weights = answers @ torch.linalg.pinv(queries.double()).mT
-    missed = (answers - weights @ queries.double().mT).square().sum((1, 3))
+    (_, N, d), prefix, parts = xs.shape, torch.arange(xs.shape[1]), []
+    queries = torch.randn(4 * d, d, generator=torch.Generator().manual_seed(0)) if queries is None else queries
+    for x, y in zip(xs.split(chunk), ys.split(chunk)):
+        P, T = len(x), len(queries)
+        asked = x[:, None, None].repeat(1, N, T, 1, 1)  # (prompts, prefix t, query, position, d)
+        asked[:, prefix, :, prefix] = queries.to(x)  # position t of prefix t asks the query; what follows is not seen
+        answered = y[:, None, None].expand(P, N, T, N)
+        answers = learner(asked.reshape(-1, N, d), answered.reshape(-1, N)).unflatten(1, (P, N, T))
+        parts.append(answers[:, :, prefix, :, prefix].permute(1, 2, 0, 3))  # -> (steps, prompts, n+1, T)
+    answers, queries = torch.cat(parts, dim=1), queries.double()
+    weights = answers @ torch.linalg.pinv(queries).mT
+    missed = (answers - weights @ queries.mT).square().sum((1, 3))
     return weights, 1 - missed / answers.square().sum((1, 3)).clamp_min(TINY)
 
 
@@ -1156,19 +1168,29 @@ def heatmaps_ill(study):
     return picture, numbers, []
 
 
+def steps_to_equal(study):
+    """How many steps Newton and GD need to be as good as the last layer after n examples; inf if more than we tried."""
+    goal = study.error(study.layers)[-1, -1]
+    runs = ((NEWTON_STEPS, study.newton), (GD_STEPS, study.gd))
+    return [min((k for k, e in zip(counts, study.error(run)[:, -1]) if e <= goal), default=math.inf) for counts, run in runs]
+
+
 @figure
 def rates_ill(study):
     """Fu, figures 4 and 17: best-matching steps on ill-conditioned prompts, against the isotropic model's."""
     ill = study.variant(kappa=100.0)
     picture, numbers, _ = rates(ill)
-    k, k_ill = (s.newton_match.best[-1].item() for s in (study, ill))
-    g, g_ill = (s.gd_match.best[-1].item() for s in (study, ill))
+    (k, g), (k_ill, g_ill) = ([match.best[-1].item() for match in (s.newton_match, s.gd_match)] for s in (study, ill))
+    (newton_1, gd_1), (newton_100, gd_100) = steps_to_equal(study), steps_to_equal(ill)
     bounds = brackets(ill.gd_match.best_interval[:, -1], 0)
+    numbers |= {"steps_to_equal": {"isotropic": [newton_1, gd_1], "ill-conditioned": [newton_100, gd_100]}}
     return picture, numbers, [
         Claim("fig. 4", "ill-conditioned: the last layer matches at most 1.5 times as many Newton steps as isotropic",
-              "21 vs 21", f"{k_ill:.0f} vs {k:.0f}", k_ill / k, k_ill <= 1.5 * k),
+              "21 vs 21", f"{k_ill:.0f} vs {k:.0f}", k_ill / k if k else math.inf, k_ill <= 1.5 * k),
         Claim("fig. 4, 16", "ill-conditioned: it matches at least 4 times as many GD steps as isotropic", "> 2,000",
               f"{g_ill:.0f} {bounds} vs {g:.0f}", g_ill / g, g_ill >= 4 * g),
+        Claim("open", f"steps to the last layer's error after {study.config.n} examples, ill-conditioned against "
+              "isotropic", "not asked", f"Newton {newton_100} vs {newton_1}; GD {gd_100} vs {gd_1}", gd_100 / gd_1, None),
     ]
 
 
@@ -1202,11 +1224,11 @@ def lstm(study):
     for name, curve in forgotten.items():
         axes[2].semilogy(range(1, n + 1), curve.clamp_min(FLOOR), "o-", color=COLOR[name], label=name)
     axes[0].set(title="error by layer", xlabel="layer", ylabel=f"squared error / d after {n} examples")
-    axes[1].set(title="similarity of the last layer's errors", xticks=[0.2, 1.2, 2.2], xticklabels=others, ylim=(0.5, 1))
+    axes[1].set(title="similarity of errors, last layer", xticks=[0.2, 1.2, 2.2], xticklabels=others, ylim=(0.5, 1))
     axes[2].set(title="asked again about an old example", xlabel="examples ago", ylabel="squared error / d")
     for ax in axes[::2]:
         ax.legend()
-    picture.suptitle("An LSTM's layers do not converge; and what it saw some examples ago, it forgets")
+    picture.suptitle("An LSTM stays far from the answer, at every layer and even on examples that it has just seen")
     recurrent, attentive = similarity["LSTM"], similarity["Transformer"]
     gain, lead = error["LSTM"][0] / error["LSTM"][-1], recurrent["OGD"] - max(recurrent["Newton"], recurrent["GD"])
     numbers = {"error": error, "similarity": similarity, "forgetting": {k: v.tolist() for k, v in forgotten.items()}}
@@ -1255,7 +1277,7 @@ def weights(study):
     for layer, color in zip(rows.tolist(), shades(len(rows))):
         axes[1].plot(range(1, n + 1), r2[layer, 1:], "o-", color=color, label=f"layer {layer}")
         axes[2].semilogy(range(1, d), strayed[layer, 1:d], "o-", color=color)
-    axes[1].set(title="is the answer linear in the query?", xlabel="examples in the prompt, t", ylabel="R$^2$ of the fit")
+    axes[1].set(title="is the answer linear in the query?", xlabel="examples in the prompt, t", ylabel="R$^2$")
     axes[1].legend()
     axes[2].set(title="how far do weights leave the span?", xlabel="examples in the prompt, t < d",
                 ylabel="squared length off the span / d")
@@ -1265,7 +1287,7 @@ def weights(study):
     return picture, numbers, [
         Claim("fig. 9", "the same trend with similarity of weights: linear in the layer with R^2 at least .95", "plot",
               f"{slope:.2f} steps per layer, R^2 {line_r2:.3f}", slope, line_r2 >= 0.95),
-        Claim("fig. 27", "for t < d the last layer's weights lie in the span of the examples: mean square off it < 1e-3",
+        Claim("fig. 27", "for t < d the last layer's weights lie in the examples' span: mean square off it < 1e-3",
               "MSE < 1.2e-4", f"{off_span:.1e}", off_span, off_span < 1e-3),
         Claim("open", f"is the answer linear in the query? R^2 of layers {rows[0]} to {L}", "not asked",
               " ".join(f"{x:.3f}" for x in linear[rows]), linear[-1].item(), None),
@@ -1276,33 +1298,37 @@ def weights(study):
 def filters(study):
     """New: how much of each eigendirection of S each layer has recovered, beside Newton's and GD's steps."""
     induced, (xs, ys) = study_weights(study)
-    L, first = study.config.layers, min(FIRST_LAYER, study.config.layers)
-    lengths = range(study.config.d, study.config.n + 1)  # prefixes that determine w
+    layers = list(range(min(FIRST_LAYER, study.config.layers), study.config.layers + 1))
+    lengths = range(study.config.d, study.config.n + 1)  # the prefixes that determine w
     spectrum = torch.linalg.eigvalsh(prefix_moments(xs, ys)[0][:, lengths])
-    edges = torch.quantile(spectrum[spectrum > 0], torch.linspace(0, 1, 13, dtype=torch.float64))  # as many in each bin
-    centers, numbers = (edges[1:] * edges[:-1]).sqrt(), {"eigenvalue_edges": edges.tolist()}
-    layers = range(first, L + 1)
-    panels = [("Transformer", "layer", layers, list(layers)),
-              ("Newton", "step", study.newton_match.best[first - 1 :].int().tolist(), NEWTON_STEPS),
-              ("GD", "step", study.gd_match.best[first - 1 :].int().tolist(), GD_STEPS)]
+    edges = torch.quantile(spectrum.clamp_min(0), torch.linspace(0.02, 1, 11, dtype=torch.float64))  # as many in each
+    numbers = {"eigenvalue_edges": edges.tolist()}
+    panels = [("Transformer", "layer", layers, layers)]
+    for name, match, counts in (("Newton", study.newton_match, NEWTON_STEPS), ("GD", study.gd_match, GD_STEPS)):
+        best = match.best[layers[0] - 1 :].int().tolist()
+        panels.append((name, "step", best, [counts.index(k) for k in best]))
     picture, axes = plt.subplots(1, 3, figsize=(11, 3.8), sharey=True)
-    for ax, (name, word, chosen, counts) in zip(axes, panels):
-        curves = spectral_filter(induced[name][0], xs, ys, edges, lengths, study.ridge)
+    for ax, (name, word, labels, rows) in zip(axes, panels):
+        curves = spectral_filter(induced[name][0][rows], xs, ys, edges, lengths, study.ridge)
         numbers[name] = curves.tolist()
-        rows = chosen if name == "Transformer" else [counts.index(k) for k in chosen]
-        for row, k, color in zip(rows, chosen, shades(len(rows))):
-            ax.semilogx(centers, curves[row], "o-", color=color, label=f"{word} {k}")
+        for curve, label, color in zip(curves, labels, shades(len(rows))):
+            ax.semilogx((edges[1:] * edges[:-1]).sqrt(), curve, "o-", color=color, label=f"{word} {label}")
         ax.axhline(1, color="black", linewidth=0.8)
-        ax.set(title=name if name == "Transformer" else f"{name}, best-matching steps", xlabel="eigenvalue of S")
+        ax.set(title=name + ", best-matching steps" * (name != "Transformer"), xlabel="eigenvalue of S")
         ax.legend(loc="lower right")
     axes[0].set_ylabel("recovered share of the solution")
-    share = torch.tensor(numbers["Transformer"])[first:]
-    top, worst = share.max().item(), share[1:, -1].min().item()
-    picture.suptitle("Which algorithm is a layer? Newton's and GD's shares rise to 1 and stay; a trained layer's do not quite")
+
+    network, *others = (torch.tensor(numbers[name]) for name in ("Transformer", "Newton", "GD"))
+    apart = [(network - other).square().mean().sqrt().item() for other in others]
+    nearer = "Newton's" if apart[0] < apart[1] else "GD's"
+    numbers |= {"rms_difference_from_newton": apart[0], "rms_difference_from_gd": apart[1]}
+    picture.suptitle(f"Which algorithm is a layer? Eigenvalue by eigenvalue, its shape is nearer to {nearer} best match")
     return picture, numbers, [
-        Claim("open", f"is a layer's filter Newton's, within 1? Largest share of layers {first} to {L}; and the smallest, "
-              "after the first of them, at the largest eigenvalues", "Newton, GD: at most 1; 1",
-              f"{top:.2f}; {worst:.2f}", top, None)]
+        Claim("open", f"whose filter do layers {layers[0]} to {layers[-1]} have? RMS difference from the best-matching "
+              "steps' of Newton; of GD", "not asked", f"{apart[0]:.3f}; {apart[1]:.3f}", apart[0] - apart[1], None),
+        Claim("open", "do layers overshoot, as neither method can? Largest share of any layer", "Newton, GD: 1",
+              f"{network.max():.3f}", network.max().item(), None),
+    ]
 
 
 def negative_distance(traj_a, traj_b, ys):
@@ -1317,6 +1343,7 @@ def rivals(study):
     largest = torch.linalg.eigvalsh(prefix_moments(xs, ys)[0][:, -1])[:, -1].max().item()
     descent = functools.partial(gradient_descent, xs, ys, GD_STEPS, ridge=study.ridge)
     fixed = [descent(lr=c / (largest + study.ridge)) for c in (0.25, 0.5, 1.0)]  # one step size for all prefixes
+    best_fixed = min(fixed, key=lambda trajectory: study.error(trajectory)[:, 1:].mean())
     start = torch.rand(d, generator=torch.Generator().manual_seed(0))  # uniform [0, 1)^d: off the span of the examples
     cg_steps = list(range(2 * d + 1))
     return {
@@ -1324,7 +1351,7 @@ def rivals(study):
         "CG": (conjugate_gradient(xs, ys, cg_steps, study.ridge), cg_steps, False, error_cosines),
         "Chebyshev": (chebyshev(xs, ys, GD_STEPS, study.ridge), GD_STEPS, True, error_cosines),
         "GD": (study.gd, GD_STEPS, True, error_cosines),
-        "GD, best fixed step size": (min(fixed, key=lambda t: study.error(t)[:, 1:].mean()), GD_STEPS, True, error_cosines),
+        "GD, best fixed step size": (best_fixed, GD_STEPS, True, error_cosines),
         "GD, start off the span": (descent(w0=start / math.sqrt(d)), GD_STEPS, True, error_cosines),
         "GD, start further off": (descent(w0=start), GD_STEPS, True, error_cosines),
         "Newton, by L2 distance": (study.newton, NEWTON_STEPS, False, negative_distance),
@@ -1336,7 +1363,8 @@ def rivals(study):
 def worth(study):
     """What reviewers asked: does the rate depend on GD's step size, start or momentum, or on the measure?"""
     picture, (ax, reached) = plt.subplots(1, 2, figsize=(9.5, 4.2), width_ratios=(1.2, 1))
-    numbers, claims, styles = {}, [], {"GD, best fixed step size": "s--", "GD, start off the span": "^:", "GD, start further off": "v:"}
+    styles = {"GD, best fixed step size": "s--", "GD, start off the span": "^:", "GD, start further off": "v:"}
+    numbers, claims = {}, []
     for name, (trajectory, counts, log2, measure) in rivals(study).items():
         match = match_layers(study.layers, trajectory, counts, study.prompts[1], log2, measure)
         layers, unit = range(1, len(match.best) + 1), "doublings" if log2 else "steps"
@@ -1353,7 +1381,7 @@ def worth(study):
     ax.set_yscale("log", base=2)
     ax.legend()
     reached.set(xlabel="layer", ylabel="similarity of errors at the best step", title="how well it matches")
-    picture.suptitle("GD, with any step size or start, needs a multiple of steps for each further layer; Newton does not")
+    picture.suptitle("Whatever its step size or start, GD needs several times more steps per layer; Newton a few more")
     return picture, numbers, claims
 
 
@@ -1536,7 +1564,8 @@ def by_hand(study):
     picture.suptitle("Newton fits in k + 2 layers of hand-written attention, if every example sees all others")
     return picture, numbers, [
         Claim("theorem 5.1", "layers of width O(d) can make k steps of Newton: predictions within 1e-6",
-              "k + 8 layers", f"k + 2 layers of width {2 * d + 1}: within {worst:.0e}, k <= {ks[-1]}", worst, worst <= 1e-6),
+              "k + 8 layers", f"k + 2 layers of width {2 * d + 1}: within {worst:.0e}, k <= {ks[-1]}", worst,
+              worst <= 1e-6),
     ]
 
 
@@ -1653,8 +1682,9 @@ def preconditioners(study):
     Sigma, inverse, root = ((U * eigenvalues**power) @ U.mT for power in (1, -1, 0.5))
     with study.clock("linear attention"):
         # Theorem 1's A is smaller than those of theorem 3: smaller training steps, and more of them.
-        one = train_preconditioners(1, n, Sigma, torch.eye(d), lr=0.06, steps=1000, seed=seed)[-1]
-        trained = [train_preconditioners(L, n, Sigma, inverse, seed=seed) for L in depths]
+        steps = study.config.attention_steps
+        one = train_preconditioners(1, n, Sigma, torch.eye(d), lr=0.06, steps=5 * steps // 3, seed=seed)[-1]
+        trained = [train_preconditioners(L, n, Sigma, inverse, steps=steps, seed=seed) for L in depths]
         test_one = correlated_prompts(100_000, n, Sigma, torch.eye(d), generator)
         fitting, test = (correlated_prompts(50_000, n, Sigma, inverse, generator) for _ in range(2))
         learned = [(one, test_one), *((history[-1], test) for history in trained)]
@@ -1875,17 +1905,17 @@ def stages(study):
 # %% [markdown]
 # ## 16. Corrections to the paper
 #
-# Small slips in a good paper. Each has a test that shows it.
+# Small slips in a good paper. Each has a test in test_icl_newton.py that shows it (`pytest -k correction`).
 #
-# | printed | true | how we know |
-# |---|---|---|
-# | alpha = 2/||S S^T||_2 starts Newton | the edge: along the top eigenvector the residual is -1 and its square stays 1; | test_the_printed_alpha |
-# | | any smaller alpha converges, and the authors' code uses 1/||S S^T||_F | |
-# | both ReLU heads of theorem 5.1 have the same value | they make |s|; the second value must be minus the first's | test_heads_of_opposite_sign |
-# | scores <T x_j, x_t> in its Newton layer | make T S T^T; an antisymmetric rounding error doubles in every layer. | test_newton_layer |
-# | | <x_j, T x_t> makes T S T and forgets it | |
-# | Newton's steps after convergence | decay again in float32 while t < d: rounding leaks off the span | test_float32_newton |
-# | GD's similarity to Newton is capped near .99 (.88) | only if w_0 is off the span of the examples; from w_0 = 0 it reaches 1 | test_gd_off_the_span |
+# 1. Printed: Newton starts from alpha = 2/||S S^T||_2. That is the edge: along the top eigenvector the residual is -1,
+#    and its square stays 1. Any smaller alpha converges; the authors' code uses 1/||S S^T||_F.
+# 2. Printed: both ReLU heads of theorem 5.1 have the same value. They make |s|; the second must be minus the first.
+# 3. Printed: scores <T x_j, x_t> in its Newton layer. They make T S T^T, where an antisymmetric rounding error doubles
+#    in every layer. <x_j, T x_t> makes T S T and forgets it.
+# 4. Newton's similarity dips again after convergence (last step of figure 8). That is float32: while t < d, rounding
+#    leaks off the span of the examples and doubles at every step.
+# 5. GD's similarity to Newton is capped near .99 (in an earlier version .88). That is the start: what w_0 has off the
+#    span of the examples GD never corrects. From w_0 = 0 the similarity reaches 1.
 
 # %% [markdown]
 # # Homework
@@ -1913,8 +1943,8 @@ QUESTIONS = [  # to be answered before running anything; each has its answer bel
     "You raise --kappa from 1 to 100. How do the best-matching steps of the last layer change, Newton's and GD's? Why?",
     "What is the smallest squared error / d that any method can reach after t < d examples, on average, if kappa = 1? "
     "Which curve of the progression figure shows it?",
-    "You train with 4 layers in place of 8 (--layers 4). What happens to the error after 2d examples, and to the number "
-    "of Newton steps that one layer is worth?",
+    "You train with 4 layers in place of 8 (--layers 4). What happens to the error after 2d examples, and to the "
+    "number of Newton steps that one layer is worth?",
     "Halve alpha in Newton's start, and halve eta in gradient descent. How many more steps does each one need?",
     "Every layer of the Transformer makes errors as similar to the best GD step as to the best Newton step. Is that "
     "evidence that it runs gradient descent? What in the rates figure decides?",
@@ -1937,8 +1967,7 @@ ANSWERS = [
 def write_homework(folder):
     """Write the student's version into a folder that does not exist yet or is empty, and LECTURERS.md beside it.
 
-    Answers become `raise NotImplementedError("exercise 4: newton")`; what stands in the test file after the line
-    "For lecturers" stays out. Raises ValueError if the folder has work in it.
+    Each answer becomes a NotImplementedError that names its exercise; the part of the tests "For lecturers" stays out. Raises ValueError if the folder has work in it.
     """
     folder, source = Path(folder), Path(__file__)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -1962,14 +1991,15 @@ def write_homework(folder):
     questions = "".join(f"{i}. {question}\n" for i, question in enumerate(QUESTIONS, start=1))
     sheet = (f"# Which algorithm does a Transformer run?\n\nRead icl_newton.py from the top. Where it raises "
              f"NotImplementedError, write the answer: the docstring says what, a hint how. Then\n\n"
-             f"    python -m pytest -k exercise     # all, with points\n    python -m pytest -k ex04         # one\n"
+             f"    python -m pytest -k test_ex      # all, with points\n    python -m pytest -k ex04         # one\n"
              f"    python icl_newton.py             # once all pass: the whole study\n\n{table}\n"
              f"## Predict before you run\n\n{questions}")
     answers = "".join(f"{i}. {q}\n\n   {a}\n\n" for i, (q, a) in enumerate(zip(QUESTIONS, ANSWERS), start=1))
     tests = source.with_name("test_icl_newton.py").read_text().split("# For lecturers")[0].rstrip("#- \n") + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("icl_newton.py", "\n".join(lines) + "\n"), ("test_icl_newton.py", tests), ("ASSIGNMENT.md", sheet)):
-        (folder / name).write_text(text)
+    (folder / "icl_newton.py").write_text("\n".join(lines) + "\n")
+    (folder / "test_icl_newton.py").write_text(tests)
+    (folder / "ASSIGNMENT.md").write_text(sheet)
     lecturers = folder.with_name(folder.name + "-LECTURERS.md")
     lecturers.write_text(f"# For lecturers\n\n{table}\n## Questions, with answers\n\n{answers}")
     print(f"The assignment is in {folder}/, the answers to its questions in {lecturers}")
@@ -2079,12 +2109,13 @@ def describe(study):
 def run(config):
     """Make the figures that the configuration asks for, write results.json, and print the table of claims."""
     clock, fast, out = Clock(), matmul_rate(), Path(config.out)
-    names = [name for name in FIGURES if name not in ON_DEMAND] if config.figures == "all" else config.figures.split(",")
+    names = config.figures.split(",") if config.figures != "all" else [f for f in FIGURES if f not in ON_DEMAND]
     seconds = config.seeds * (config.steps * flops_per_step(config) / (0.25 * fast) + 20)
     print(f"Draws {', '.join(names)} into {out}/, for which it trains a {config.model} ({config.layers} layers, width "
           f"{config.width}; d = {config.d}, n = {config.n}) and what else they need.")
-    print(f"Device {config.torch_device}, {torch.get_num_threads()} threads, {fast / 1e9:.0f} GFLOP/s in a large matrix "
-          f"product" + f"; on this CPU expect about {seconds:.0f} s per model." * (config.torch_device.type == "cpu"))
+    on_cpu = f"; expect about {seconds:.0f} s per model" * (config.torch_device.type == "cpu")
+    print(f"Device {config.torch_device}, {torch.get_num_threads()} threads, {fast / 1e9:.0f} GFLOP/s in a large "
+          f"matrix product{on_cpu}.")
 
     def save(picture, name):
         with clock("pictures"):
@@ -2113,7 +2144,8 @@ def run(config):
     save_atomically(lambda path: path.write_text(text), out / "results.json")
     if runs[0]["claims"]:
         print_claims([run["claims"] for run in runs])
-    print(f"\nNumbers in {out / 'results.json'}. Seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in clock.seconds.items()))
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in clock.seconds.items())
+    print(f"\nNumbers in {out / 'results.json'}. Seconds: {stages}")
 
 
 def main(arguments=None):

@@ -2,7 +2,7 @@
 Tests of icl_newton.py, and the grader of its exercises.
 
     python -m pytest                everything, about two minutes on two cores
-    python -m pytest -k exercise    the ten exercises, a summary with points at the end
+    python -m pytest -k test_ex     the ten exercises, a summary with points at the end
     python -m pytest -k ex03        one exercise
 
 Every test compares with something that cannot share its bugs: numpy.linalg, a slow obvious loop over prompts and
@@ -14,8 +14,11 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
+import textwrap
+import types
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +42,35 @@ def fresh_randomness():
 @pytest.fixture
 def icl():
     return icl_newton
+
+
+class Points:
+    """After a run with exercises in it: which passed, and for how many points."""
+
+    def __init__(self):
+        self.passed = {}
+
+    def pytest_runtest_logreport(self, report):
+        if found := re.search(r"test_ex(\d\d)", report.nodeid):
+            number = int(found[1])
+            self.passed[number] = self.passed.get(number, True) and not report.failed
+
+    def pytest_terminal_summary(self, terminalreporter):
+        rows = [row for row in icl_newton.EXERCISES if row[0] in self.passed]
+        if rows:
+            terminalreporter.section("exercises")
+        for number, name, *_, points in rows:
+            ok = self.passed[number]
+            terminalreporter.write_line(f"  ex{number:02} {name:<24} {'passed' if ok else 'FAILED'} {points * ok:>3} of {points}")
+        if rows:
+            done = [row for row in rows if self.passed[row[0]]]
+            terminalreporter.write_line(f"  {len(done)} of {len(rows)} exercises passed: {sum(row[-1] for row in done)} of "
+                                        f"{sum(row[-1] for row in rows)} points")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def summary_of_points(request):
+    request.config.pluginmanager.register(Points())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -457,8 +489,8 @@ def test_newton_residuals_square():
             R = R @ R
 
 
-def test_the_printed_alpha_stalls_and_ours_converges():
-    """Correction 1: with alpha = 2/||S S^T||_2 the error along the top eigenvector never shrinks."""
+def test_correction_1_the_printed_alpha_stalls():
+    """With alpha = 2/||S S^T||_2 the error along the top eigenvector never shrinks."""
     xs, ys = icl_newton.sample_prompts(20, 40, 20, generator=torch.Generator().manual_seed(SEED))
     xs, ys = xs[:, 10:].double(), torch.einsum("ptd,pd->pt", xs[:, 10:].double(), torch.randn(20, 20, dtype=torch.float64))
     S, _ = icl_newton.prefix_moments(xs, ys)
@@ -469,8 +501,8 @@ def test_the_printed_alpha_stalls_and_ours_converges():
     assert error[40] < 1e-12, "the default alpha must converge"
 
 
-def test_float32_newton_decays_after_convergence():
-    """Correction 3: for t < d rounding leaks out of the span of the examples and doubles at every step."""
+def test_correction_4_float32_newton_decays_again():
+    """For t < d rounding leaks out of the span of the examples and doubles at every step."""
     X, w = np.random.default_rng(SEED).normal(size=(10, 20)).astype(np.float32), np.ones(20, np.float32)
     errors = {}
     for dtype in (np.float32, np.float64):
@@ -482,8 +514,8 @@ def test_float32_newton_decays_after_convergence():
     assert errors[np.float64][32] < 1e-4, "float64 must stay for the 32 steps that the figures use"
 
 
-def test_gd_off_the_span_is_capped():
-    """Correction 4: from w_0 off the span GD's similarity to Newton stays below 1; from 0 it reaches 1."""
+def test_correction_5_gd_off_the_span_is_capped():
+    """From w_0 off the span GD's similarity to Newton stays below 1; from 0 it reaches 1."""
     xs, ys = icl_newton.sample_prompts(200, 40, 20, generator=torch.Generator().manual_seed(SEED))
     target = icl_newton.ols(xs, ys)
     start = torch.rand(200, 1, 20, generator=torch.Generator().manual_seed(SEED))
@@ -857,7 +889,7 @@ def test_relu_attention_matches_loops():
     assert np.allclose(ours, target, atol=1e-12), "mask[t, j] is about query t and key j; the residual h is added once"
 
 
-def test_heads_of_opposite_sign_pass_the_score_on_and_equal_ones_its_size():
+def test_correction_2_equal_heads_make_the_size_of_the_score():
     one = torch.ones(1, 1, dtype=torch.float64)
     h = torch.tensor([[2.0], [-3.0]], dtype=torch.float64)  # scores <h_t, h_j>: 4, -6; -6, 9
     mask = torch.ones(2, 2, dtype=torch.float64)
@@ -895,7 +927,7 @@ def test_a_causal_mask_breaks_the_identity():
     assert gap[1:, 10].min() > 1e-2, "the causal variant agrees with Newton: is the mask used in every layer?"
 
 
-def test_printed_order_of_query_and_key_doubles_rounding():
+def test_correction_3_printed_order_doubles_rounding():
     xs, ys = prompts(16, 10, 5)
     target = icl_newton.construction(xs, ys, [0, 30])
     printed = icl_newton.construction(xs, ys, [0, 30], printed=True)
@@ -1214,8 +1246,223 @@ def test_a_quick_run_as_a_user_starts_it(tmp_path):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
     for key in ("seconds", "claims", "config", "training_flops_per_second", "matrix_product_flops_per_second", "peak_memory_bytes"):
         assert results[key], key
-    assert "500/500" in first.stdout and len(results["claims"]) == first.stdout.count("paper ")
+    assert "300/300" in first.stdout and len(results["claims"]) == first.stdout.count("paper ")
     second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     again = json.loads((out / "results.json").read_text())
     assert second.returncode == 0 and "steps/s" not in second.stdout, "the second run must find its checkpoints"
     assert again["figures"]["rates"] == results["figures"]["rates"] and again["claims"] == results["claims"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For lecturers: the homework, and the grader's own examination. The student's copy of this file ends above.
+
+
+@pytest.fixture(scope="module")
+def assignment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("homework") / "week1"
+    assert icl_newton.main(["--homework", str(folder)]) == 0
+    return folder
+
+
+def test_the_assignment_has_no_answers_but_all_else(assignment):
+    stub, sheet = (assignment / "icl_newton.py").read_text(), (assignment / "ASSIGNMENT.md").read_text()
+    names = [name for _, name, *_ in icl_newton.EXERCISES]
+    assert not re.search(r"^ *# (BEGIN|END) SOLUTION$", stub, re.MULTILINE), "no solution may be left"
+    assert all(stub.count(f": {name}\")") == 1 for name in names), "one stub for each exercise"
+    assert all(f"| {name} |" in sheet for name in names) and all(question in sheet for question in icl_newton.QUESTIONS)
+    for text in (stub, sheet, (assignment / "test_icl_newton.py").read_text()):
+        assert not any(answer[:40] in text for answer in icl_newton.ANSWERS) and "WRONG" not in text
+    lecturers = assignment.with_name("week1-LECTURERS.md").read_text()
+    assert all(answer in lecturers for answer in icl_newton.ANSWERS)
+    marks = re.findall(r"^ *# (BEGIN|END) SOLUTION$", (HERE / "icl_newton.py").read_text(), re.MULTILINE)
+    assert marks == ["BEGIN", "END"] * (len(marks) // 2), "markers must alternate"
+
+
+def test_the_assignment_runs_and_says_what_is_missing(assignment):
+    run = subprocess.run([sys.executable, "icl_newton.py"], cwd=assignment, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr == "icl_newton: still to be written: exercise 1: sample_prompts\n", run.stderr
+    grade = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_ex"]
+    run = subprocess.run(grade, cwd=assignment, capture_output=True, text=True)
+    assert "0 of 10 exercises passed: 0 of 100 points" in run.stdout, run.stdout[-2000:]
+    (assignment / "icl_newton.py").write_text((HERE / "icl_newton.py").read_text())
+    run = subprocess.run(grade, cwd=assignment, capture_output=True, text=True)
+    assert "10 of 10 exercises passed: 100 of 100 points" in run.stdout, run.stdout[-2000:]
+
+
+def test_the_assignment_does_not_overwrite_work(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("work")
+    assert icl_newton.main(["--homework", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+# Typical wrong answers, as replacements in the solution: (exercise, function, what is wrong, right, wrong).
+WRONG = [
+    (1, "sample_prompts", "scaled by eigenvalues, not their roots", "eigenvalues.sqrt()", "eigenvalues"),
+    (1, "sample_prompts", "trace is not d", "        eigenvalues *= d / eigenvalues.sum()\n", ""),
+    (1, "sample_prompts", "one basis for the batch", "draw(prompts, d, d)", "draw(1, d, d)"),
+    (1, "sample_prompts", "no rotation", " @ basis.mT", ""),
+    (1, "sample_prompts", "one w for all prompts", "draw(prompts, d, 1)", "draw(1, d, 1)"),
+    (1, "sample_prompts", "noise is a variance", "noise * draw", "noise**2 * draw"),
+    (1, "sample_prompts", "one large eigenvalue instead of d//2", "[: d // 2]", "[:1]"),
+    (1, "sample_prompts", "generator ignored", "generator=generator, device", "generator=None, device"),
+    (1, "sample_prompts", "uniform in place of normal", "torch.randn", "torch.rand"),
+    (2, "gradient_descent", "wrong sign", "1 - step_size", "1 + step_size"),
+    (2, "gradient_descent", "a step too many", "** k", "** (k + 1)"),
+    (2, "gradient_descent", "factor 2 in the gradient", "step_size * eigenvalues", "step_size * 2 * eigenvalues"),
+    (2, "gradient_descent", "smallest eigenvalue", "[..., -1:]", "[..., :1]"),
+    (2, "gradient_descent", "given step size ignored", " if lr is None else lr", ""),
+    (2, "gradient_descent", "start ignored", "steps, w0, ridge", "steps, None, ridge"),
+    (2, "gradient_descent", "mean in place of sum", "step_size * eigenvalues", "step_size / len(ys[0]) * eigenvalues"),
+    (2, "gradient_descent", "prefix includes its own example", "(xs, ys, residual", "(xs.roll(-1, 1), ys.roll(-1, 1), residual"),
+    (2, "gradient_descent", "input changed", "    return spectral", "    w0 is None or w0.mul_(2)\n    return spectral"),
+    (3, "newton_start", "the printed alpha", "return 1 / torch.linalg.matrix_norm(S @ S.mT,",
+     "return 2 / torch.linalg.matrix_norm(S @ S.mT, 2,"),
+    (3, "newton_start", "norm of S, not of S S^T", "S @ S.mT", "S"),
+    (3, "newton_start", "no axes kept", ", keepdim=True", ""),
+    (3, "newton_start", "empty prefix divides by zero", ".clamp_min(TINY)", ""),
+    (3, "newton_start", "one number for all matrices", "torch.linalg.matrix_norm(S @ S.mT, keepdim=True)",
+     "(S @ S.mT).norm().expand(*S.shape[:-2], 1, 1)"),
+    (4, "newton", "factor 2 missing", "2 * M - M @ S @ M", "M - M @ S @ M"),
+    (4, "newton", "wrong sign", "2 * M - M @ S @ M", "2 * M + M @ S @ M"),
+    (4, "newton", "S and M exchanged", "2 * M - M @ S @ M", "2 * M - S @ M @ S"),
+    (4, "newton", "a step too many", "if k > 0", "if k >= 0"),
+    (4, "newton", "starts from alpha I", " * S, []", " * torch.eye(S.shape[-1]).double().expand_as(S), []"),
+    (4, "newton", "given alpha ignored", "(newton_start(S) if alpha is None else alpha)", "newton_start(S)"),
+    (4, "newton", "counts ignored", "if k in counts", "if k < len(counts)"),
+    (4, "newton", "float32", "S, b = prefix_moments(xs, ys, ridge)",
+     "S, b = (z.float() for z in prefix_moments(xs, ys, ridge))"),
+    (4, "newton", "prefix includes its own example", "prefix_moments(xs, ys,", "prefix_moments(xs.roll(-1, 1), ys.roll(-1, 1),"),
+    (5, "interleave", "the answer is shown", "[:, :-1]", ""),
+    (5, "interleave", "y before x", "[xs, y_tokens]", "[y_tokens, xs]"),
+    (5, "interleave", "first all x, then all y", "torch.stack([xs, y_tokens], dim=2).flatten(1, 2)", "torch.cat([xs, y_tokens], dim=1)"),
+    (5, "interleave", "y in the last entry", "(0, xs.shape[-1] - 1)", "(xs.shape[-1] - 1, 0)"),
+    (5, "interleave", "y in every entry", "F.pad(ys[..., None], (0, xs.shape[-1] - 1))", "ys[..., None].expand_as(xs)"),
+    (6, "causal_attention", "not causal", ".masked_fill(future, -math.inf)", ""),
+    (6, "causal_attention", "blind to itself", ".triu(1)", ".triu(0)"),
+    (6, "causal_attention", "looks at the future only", ".triu(1)", ".tril(-1)"),
+    (6, "causal_attention", "softmax over queries", ".softmax(-1)", ".softmax(-2)"),
+    (6, "causal_attention", "no scale", " / math.sqrt(D)", ""),
+    (6, "causal_attention", "scale D", "math.sqrt(D)", "D"),
+    (6, "causal_attention", "masked after the softmax", ".masked_fill(future, -math.inf).softmax(-1)", ".softmax(-1).masked_fill(future, 0)"),
+    (6, "causal_attention", "zero in place of -inf", "-math.inf", "0.0"),
+    (7, "least_squares_readout", "inverse of a singular matrix", "torch.linalg.pinv(H.mT @ H, hermitian=True, rtol=1e-12)",
+     "torch.linalg.inv_ex(H.mT @ H).inverse"),
+    (7, "least_squares_readout", "no inverse", "torch.linalg.pinv(H.mT @ H, hermitian=True, rtol=1e-12) @ ", ""),
+    (7, "least_squares_readout", "float32", "torch.linalg.pinv(H.mT @ H, hermitian=True, rtol=1e-12)",
+     "torch.linalg.pinv((H.mT @ H).float()).double()"),
+    (7, "least_squares_readout", "a large ridge", "pinv(H.mT @ H,", "pinv(H.mT @ H + torch.eye(H.shape[-1]),"),
+    (7, "least_squares_readout", "mean in one place, sum in the other", "(H.mT @ y[..., None])", "(H.mT @ y[..., None]) / len(y)"),
+    (8, "error_cosines", "not normalised", "F.normalize((trajectory.double() - ys.double())[..., 1:], dim=-1)",
+     "(trajectory.double() - ys.double())[..., 1:]"),
+    (8, "error_cosines", "t = 0 included", "[..., 1:]", ""),
+    (8, "error_cosines", "predictions in place of errors", " - ys.double()", ""),
+    (8, "error_cosines", "normalised over prompts", "dim=-1)", "dim=-2)"),
+    (8, "similarity_of_errors", "sum in place of mean", ".mean(-1)", ".sum(-1)"),
+    (8, "best_match", "least similar", "argmax", "argmin"),
+    (8, "best_match", "wrong axis", "argmax(-1)", "argmax(0)"),
+    (9, "newton_layer", "wrong sign", "-0.5 * Tx.mT", "0.5 * Tx.mT"),
+    (9, "newton_layer", "1/2 missing", "-0.5 * Tx.mT", "-Tx.mT"),
+    (9, "newton_layer", "equal heads: |s|", "linear_heads(Q=Tx, K=x, V=-0.5 * Tx.mT @ Tx)",
+     "[(Tx, x, -0.5 * Tx.mT @ Tx), (-Tx, x, -0.5 * Tx.mT @ Tx)]"),
+    (9, "newton_layer", "query and key exchanged: T S T^T", "Q=Tx, K=x", "Q=x, K=Tx"),
+    (9, "newton_layer", "the MLP loses the negative half", "[Tx, -Tx]", "[Tx, Tx * 0]"),
+    (9, "newton_layer", "the MLP doubles x", "torch.cat([Tx, -Tx])", "torch.cat([x, -x])"),
+    (9, "newton_layer", "values are x", "Tx.mT @ Tx)", "Tx.mT @ x)"),
+    (10, "optimal_preconditioner", "n in place of n+1", "(n + 1) / n", "n / n"),
+    (10, "optimal_preconditioner", "trace not over n", "eigenvalues.sum() / n", "eigenvalues.sum()"),
+    (10, "optimal_preconditioner", "trace missing", " + eigenvalues.sum() / n", ""),
+    (10, "optimal_preconditioner", "not inverted", "U / (", "U * ("),
+    (10, "optimal_preconditioner", "transposes exchanged", "@ U.mT", "@ U"),
+    (10, "optimal_preconditioner", "eigenvalues, but no matrix", "return U / (", "return torch.eye(len(U)) / ("),
+]
+
+# Right answers, written as a student might.
+RIGHT = [
+    (2, "gradient_descent", """
+        S, b = prefix_moments(xs, ys, ridge)
+        if lr is None:
+            lr = 1 / torch.linalg.eigvalsh(S)[..., -1:].clamp_min(1e-30)
+        w = torch.zeros_like(b) if w0 is None else w0.double().expand_as(b)
+        path = []
+        for k in range(step_counts(steps)[-1] + 1):
+            if k:
+                w = w - lr * (torch.einsum("ptij,ptj->pti", S, w) - b)
+            if k in step_counts(steps):
+                path.append(w)
+        return predict(torch.stack(path), xs)"""),
+    (3, "newton_start", """
+        return 1 / ((S @ S) ** 2).sum((-2, -1), keepdim=True).sqrt().clamp_min(1e-20)"""),
+    (4, "newton", """
+        S, b = prefix_moments(xs, ys, ridge)
+        M = (newton_start(S) if alpha is None else alpha) * S
+        I = torch.eye(S.shape[-1]).double()
+        everything = [torch.einsum("ptij,ptj->pti", M, b)]
+        for _ in range(step_counts(steps)[-1]):
+            M = M @ (2 * I - S @ M)
+            everything.append(torch.einsum("ptij,ptj->pti", M, b))
+        return predict(torch.stack([everything[k] for k in step_counts(steps)]), xs)"""),
+    (5, "interleave", """
+        P, N, d = xs.shape
+        tokens = torch.zeros(P, 2 * N, d)
+        tokens[:, 0::2] = xs
+        tokens[:, 1::2, 0] = ys
+        return tokens[:, : 2 * N - 1]"""),
+    (6, "causal_attention", """
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)"""),
+    (7, "least_squares_readout", """
+        return torch.linalg.lstsq(H, y.expand(H.shape[:-1])[..., None], driver="gelsd").solution.squeeze(-1)"""),
+    (8, "error_cosines", """
+        a, b = (traj_a - ys)[..., 1:].double(), (traj_b - ys)[..., 1:].double()
+        return F.cosine_similarity(a[:, None], b[None], dim=-1)"""),
+    (9, "newton_layer", """
+        Q, K, V = torch.zeros(d, 2 * d + 1), torch.zeros(d, 2 * d + 1), torch.zeros(2 * d + 1, 2 * d + 1)
+        Q[:, :d], K[:, d : 2 * d], V[:d, :d] = torch.eye(d), torch.eye(d), torch.eye(d)
+        up = torch.cat([Q, -Q]).double()
+        return [(Q.double(), K.double(), -V.double() / 2), (Q.double(), -K.double(), V.double() / 2)], (up, up.T)"""),
+    (10, "optimal_preconditioner", """
+        return torch.linalg.inv((n + 1) / n * Sigma + torch.trace(Sigma) / n * torch.eye(len(Sigma)).to(Sigma))"""),
+]
+
+
+def variant(name, change):
+    """The module with the solution of `name` changed by a function of its text."""
+    source = (HERE / "icl_newton.py").read_text()
+    start = source.index("# BEGIN SOLUTION", source.index(f"def {name}("))
+    end = source.index("# END SOLUTION", start)
+    module = types.ModuleType("icl_variant")
+    sys.modules["icl_variant"] = module  # dataclasses look themselves up there
+    exec(compile(source[:start] + change(source[start:end]) + source[end:], f"wrong_{name}", "exec"), module.__dict__)
+    return module
+
+
+def failing_exercises(module):
+    """Numbers of the exercises whose tests, run on the module, do not all pass."""
+    failing = set()
+    for name, test in list(globals().items()):
+        if found := re.match(r"test_ex(\d\d)", name):
+            cases = [{}]
+            for mark in getattr(test, "pytestmark", []):
+                names = mark.args[0].split(", ")
+                cases = [dict(zip(names, values)) for values in mark.args[1]]
+            for case in cases:
+                try:
+                    test(module, **case)
+                except Exception:
+                    failing.add(int(found[1]))
+                    break
+    return failing
+
+
+@pytest.mark.parametrize("number, name, what, right, wrong", WRONG, ids=[f"{w[1]}: {w[2]}" for w in WRONG])
+def test_wrong_answers_fail_their_exercise_and_no_other(number, name, what, right, wrong):
+    def spoil(solution):
+        assert right in solution, "this wrong answer no longer changes anything"
+        return solution.replace(right, wrong)
+
+    assert failing_exercises(variant(name, spoil)) == {number}
+
+
+@pytest.mark.parametrize("number, name, answer", RIGHT, ids=[r[1] for r in RIGHT])
+def test_right_answers_written_differently_pass(number, name, answer):
+    replacement = "\n" + textwrap.indent(textwrap.dedent(answer).strip(), "    ") + "\n    "
+    assert failing_exercises(variant(name, lambda solution: replacement)) == set()
