@@ -98,7 +98,7 @@ class Config:
     prompts: int = 512  # fresh prompts on which all comparisons are made
     # The run
     seeds: int = 1  # how many seeds to run, from `seed` on; the table then shows their spread
-    preset: str = "default"  # default, quick (shrunk, half a minute) or paper (Fu's sizes, for a CUDA GPU)
+    preset: str = "default"  # default, quick (shrunk), laptop (Fu's problem, small model) or paper (for a CUDA GPU)
     figures: str = "all"  # which figures to make, by name, separated by commas
     device: str = "auto"  # cpu, cuda, or auto: CUDA where there is one
     out: str = "figures"  # folder for pictures and results.json
@@ -118,6 +118,8 @@ class Config:
             raise ValueError("--kappa is at least 1, and 1 where d = 1")
         if unknown := set(self.figures.split(",")) - {"all", *FIGURES}:
             raise ValueError(f"--figures: no figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
+        if "paper_tables" in self.figures and (self.d, self.n) != (20, 40):
+            raise ValueError("--figures paper_tables compares with Fu's tables: it needs --d 20 --n 40")
         if self.model not in MODELS:
             raise ValueError(f"--model is one of {', '.join(MODELS)}, not {self.model}")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -131,12 +133,15 @@ class Config:
         return torch.device("cuda" if use_cuda else "cpu")
 
 
+PART_I = "solvers,convergence,heatmaps,rates,progression"
 PRESETS = {
     "default": {},
     "quick": dict(d=3, n=6, layers=6, width=32, heads=2, steps=300, batch=64, probes=512, prompts=256,
                   attention_steps=60, out="figures/quick"),
-    "paper": dict(d=20, n=40, layers=12, width=256, heads=8, steps=30_000, curriculum=50, batch=64, prompts=320,
-                  out="figures/paper"),
+    "laptop": dict(d=20, n=40, width=128, heads=4, steps=5000, batch=64, curriculum=50, probes=512, prompts=320,
+                   figures=PART_I + ",paper_tables", out="figures/d20"),
+    "paper": dict(d=20, n=40, layers=12, width=256, heads=8, steps=30_000, batch=64, curriculum=50, probes=512,
+                  prompts=320, figures=PART_I + ",paper_tables", out="figures/paper"),
 }
 
 # The setting of one training run, and so the name of its checkpoint; nothing else changes the trained weights.
@@ -1171,8 +1176,11 @@ def heatmaps_ill(study):
 def steps_to_equal(study):
     """How many steps Newton and GD need to be as good as the last layer after n examples; inf if more than we tried."""
     goal = study.error(study.layers)[-1, -1]
-    runs = ((NEWTON_STEPS, study.newton), (GD_STEPS, study.gd))
-    return [min((k for k, e in zip(counts, study.error(run)[:, -1]) if e <= goal), default=math.inf) for counts, run in runs]
+
+    def first(counts, run):
+        return min((k for k, error in zip(counts, study.error(run)[:, -1]) if error <= goal), default=math.inf)
+
+    return first(NEWTON_STEPS, study.newton), first(GD_STEPS, study.gd)
 
 
 @figure
@@ -1190,7 +1198,8 @@ def rates_ill(study):
         Claim("fig. 4, 16", "ill-conditioned: it matches at least 4 times as many GD steps as isotropic", "> 2,000",
               f"{g_ill:.0f} {bounds} vs {g:.0f}", g_ill / g, g_ill >= 4 * g),
         Claim("open", f"steps to the last layer's error after {study.config.n} examples, ill-conditioned against "
-              "isotropic", "not asked", f"Newton {newton_100} vs {newton_1}; GD {gd_100} vs {gd_1}", gd_100 / gd_1, None),
+              "isotropic", "not asked", f"Newton {newton_100} vs {newton_1}; GD {gd_100} vs {gd_1}",
+              gd_100 / gd_1, None),
     ]
 
 
@@ -1322,7 +1331,7 @@ def filters(study):
     apart = [(network - other).square().mean().sqrt().item() for other in others]
     nearer = "Newton's" if apart[0] < apart[1] else "GD's"
     numbers |= {"rms_difference_from_newton": apart[0], "rms_difference_from_gd": apart[1]}
-    picture.suptitle(f"Which algorithm is a layer? Eigenvalue by eigenvalue, its shape is nearer to {nearer} best match")
+    picture.suptitle(f"Which algorithm is a layer? By eigenvalue, its shape is nearer to {nearer} best match")
     return picture, numbers, [
         Claim("open", f"whose filter do layers {layers[0]} to {layers[-1]} have? RMS difference from the best-matching "
               "steps' of Newton; of GD", "not asked", f"{apart[0]:.3f}; {apart[1]:.3f}", apart[0] - apart[1], None),
@@ -1385,6 +1394,50 @@ def worth(study):
     return picture, numbers, claims
 
 
+# Figures 8 and 10 of Fu, v3: similarity of errors in thousandths, three digits each; a row is a step of layers 1..12
+PAPER_SIMILARITY = {
+    "Newton": (range(1, 24), """
+        920920912816716662634623618613620616 876876929858760702672660655651656652 829828927893805745713700694690695692
+        781781911916848789755741735732735733 734734883923886834798783777774777774 691691850916912875840824817814817815
+        652652814898926910878862855852854852 619619779874927935911895888885886885 591591748849919949937921915913913913
+        569569723826907954956942936934935934 552552703807894953968958953950951950 539539688792882949976969965962962962
+        530530677780871944979977973971971971 524524669771863938980983980978978978 520519664765857933979986985983983983
+        517517660760852929977988988987986987 515515657757848926975988990989989989 513513655754846924973988992991991991
+        512512653752843921972988992992992993 511511652751842920970987993993993993 511511651750840918969986992993994994
+        510510649749839917967984991993993993 508508646746835913963981988989990990"""),
+    "GD": ([2**k for k in range(13)], """
+        953953870771692645620609605599606602 910910903826750703676665660655661657 842841913878816773746733728724728725
+        759759886905876846820807801798801799 678677831895910903886873867865867865 610610768858914938934924918916917916
+        563563717817897947961954950948948947 536535685786875941972971968966967966 521521666766858932973979978977977977
+        513513656755847923971982984982983983 509509652749840917967982986985986986 507507648745836913964980986986987987
+        506505646744834911962979985987988988"""),
+}
+
+
+@figure
+def paper_tables(study):
+    """Ours beside Fu's printed tables, figures 8 and 10: same problem, same metric. For d = 20, n = 40. On demand."""
+    (xs, ys), L, numbers, claims = study.prompts, study.config.layers, {}, []
+    picture, axes = plt.subplots(2, 2, figsize=(10, 8))
+    for column, (name, (counts, text)) in zip(axes.T, PAPER_SIMILARITY.items()):
+        printed = torch.tensor([[int(row[i : i + 3]) / 1000 for i in range(0, 36, 3)] for row in text.split()]).T
+        steps = newton(xs, ys, counts) if name == "Newton" else gradient_descent(xs, ys, counts, lr=0.01)  # as in Fu
+        ours, best = match_layers(study.layers, steps, counts, ys), torch.tensor(PAPER[name]).double()
+        label = f"steps of {name}" + " (fixed size 0.01)" * (name == "GD")
+        plot_similarity(column[0], printed, counts, best, (best, best), label)
+        image = plot_similarity(column[1], ours.similarity, counts, ours.best, ours.best_interval, label)
+        column[0].set_title("Fu: GPU, 12 layers of width 256")
+        column[1].set_title(f"this run: {L} layers of width {study.config.width}")
+        numbers[name] = ours.numbers() | {"similarity": ours.similarity.tolist()}
+        if L == 12:
+            apart = (ours.best - best)[2:].abs().max().item(), (ours.similarity - printed)[2:].abs().max().item()
+            claims.append(Claim("fig. 8, 10", f"largest difference from Fu's table, layers 3 to 12: {name} steps; "
+                                "similarity", "0; 0", f"{apart[0]:.0f}; {apart[1]:.3f}", apart[1], None))
+    picture.colorbar(image, ax=axes, label="similarity of errors", shrink=0.6)
+    picture.suptitle("The paper's own problem, d = 20 and n = 40: the printed tables (above) and this run (below)")
+    return picture, numbers, claims
+
+
 def sweep(study, field, values):
     """One model for each value of a setting: the error by layer, and the last layer's."""
     n, last = study.config.n, {}
@@ -1415,7 +1468,7 @@ def depth_sweep(study):
     return sweep(study, "layers", [l for l in (2, 4, 6, 8) if l <= study.config.layers])
 
 
-ON_DEMAND |= {"width_sweep", "depth_sweep"}
+ON_DEMAND |= {"paper_tables", "width_sweep", "depth_sweep"}
 
 
 # %% [markdown]
@@ -1967,7 +2020,8 @@ ANSWERS = [
 def write_homework(folder):
     """Write the student's version into a folder that does not exist yet or is empty, and LECTURERS.md beside it.
 
-    Each answer becomes a NotImplementedError that names its exercise; the part of the tests "For lecturers" stays out. Raises ValueError if the folder has work in it.
+    Each answer becomes a NotImplementedError that names its exercise; the part of the tests "For lecturers" stays out.
+    Raises ValueError if the folder has work in it.
     """
     folder, source = Path(folder), Path(__file__)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -2110,10 +2164,11 @@ def run(config):
     """Make the figures that the configuration asks for, write results.json, and print the table of claims."""
     clock, fast, out = Clock(), matmul_rate(), Path(config.out)
     names = config.figures.split(",") if config.figures != "all" else [f for f in FIGURES if f not in ON_DEMAND]
-    seconds = config.seeds * (config.steps * flops_per_step(config) / (0.25 * fast) + 20)
+    models = 1 + any("_ill" in name for name in names)
+    seconds = config.seeds * (models * config.steps * flops_per_step(config) / (0.25 * fast) + 2 * len(names))
     print(f"Draws {', '.join(names)} into {out}/, for which it trains a {config.model} ({config.layers} layers, width "
           f"{config.width}; d = {config.d}, n = {config.n}) and what else they need.")
-    on_cpu = f"; expect about {seconds:.0f} s per model" * (config.torch_device.type == "cpu")
+    on_cpu = f"; without checkpoints it takes about {seconds:.0f} s" * (config.torch_device.type == "cpu")
     print(f"Device {config.torch_device}, {torch.get_num_threads()} threads, {fast / 1e9:.0f} GFLOP/s in a large "
           f"matrix product{on_cpu}.")
 
