@@ -258,8 +258,9 @@ def spectral_trajectory(xs, ys, residual, steps, w0=None, ridge=0.0):
 def gradient_descent(xs, ys, steps, lr=None, w0=None, ridge=0.0):
     """Gradient descent, w <- w - lr (S w - b), as a trajectory (len(steps), prompts, n+1).
 
-    `lr` defaults to 1/lambda_max(S), prefix by prefix; `w0`, the start, (d,) or (prompts, 1, d), to 0. Along an
-    eigenvector of S one step multiplies the error by 1 - lr lambda.
+    `lr`, a number, defaults to 1/lambda_max(S), prefix by prefix; `w0`, the start, (d,) or (prompts, 1, d), to 0.
+    Along an eigenvector of S one step multiplies the error by 1 - lr lambda. `steps` as in step_counts; `ridge` is
+    added to S (prefix_moments).
     """
     # Hint: spectral_trajectory does all but the 1 - lr lambda; or write the plain loop over steps. (4 to 10 lines)
     # BEGIN SOLUTION
@@ -274,7 +275,7 @@ def gradient_descent(xs, ys, steps, lr=None, w0=None, ridge=0.0):
 def newton_start(S):
     """A safe alpha for M_0 = alpha S, one for each S (..., d, d): 1/||S S^T||_F, as (..., 1, 1). Any alpha below
     2/lambda_max(S)^2 converges; the Frobenius norm is a cheap upper bound of lambda_max(S)^2."""
-    # Hint: Which norm bounds lambda_max(S)^2 from above, and costs no eigenvalues? Mind S = 0. (1 line)
+    # Hint: which norm bounds lambda_max(S)^2 from above, and costs no eigenvalues? Mind S = 0. (1 line)
     # BEGIN SOLUTION
     return 1 / torch.linalg.matrix_norm(S @ S.mT, keepdim=True).clamp_min(TINY)
     # END SOLUTION
@@ -283,7 +284,8 @@ def newton_start(S):
 def newton(xs, ys, steps, alpha=None, ridge=0.0):
     """Iterative Newton, M <- 2M - M S M from M_0 = alpha S, predicting with w_k = M_k b (Fu, section 3.1).
 
-    A trajectory (len(steps), prompts, n+1); step 0 is M_0. `alpha` defaults to 1/||S S^T||_F, prefix by prefix.
+    A trajectory (len(steps), prompts, n+1); step 0 is M_0. `alpha`, a number, defaults to newton_start(S), prefix by
+    prefix. `steps` as in step_counts; `ridge` is added to S (prefix_moments).
     """
     # Hint: M (prompts, n+1, d, d) holds all inverses at once; M b needs b as a column. (8 lines)
     # BEGIN SOLUTION
@@ -315,7 +317,7 @@ def interleave(xs, ys):
 
     y is zero-padded to d entries, and the last y, the answer, is left out (Fu, section 3).
     """
-    # Hint: Stack x and padded y along a new axis, then flatten it into time. (2 lines)
+    # Hint: stack x and padded y along a new axis, then flatten it into time. (2 lines)
     # BEGIN SOLUTION
     y_tokens = F.pad(ys[..., None], (0, xs.shape[-1] - 1))  # (prompts, n+1, d): y, 0, ..., 0
     return torch.stack([xs, y_tokens], dim=2).flatten(1, 2)[:, :-1]
@@ -329,7 +331,7 @@ def normalize(h):
 
 def causal_attention(q, k, v):
     """softmax(q k^T / sqrt(D) + mask) v for q, k, v (..., T, D): token i looks at tokens 0..i only."""
-    # Hint: What the softmax must not see is -inf before it. (4 lines)
+    # Hint: what the softmax must not see is -inf before it. (4 lines)
     # BEGIN SOLUTION
     T, D = q.shape[-2:]
     scores = q @ k.mT / math.sqrt(D)  # (..., T, D) x (..., D, T) -> (..., T, T)
@@ -585,11 +587,12 @@ def probe_features(model, xs, ys, chunk=512):
 
 
 def least_squares_readout(H, y):
-    """The readout r that minimises ||H r - y||: H (..., samples, width), y (samples,) -> r (..., width), float64.
+    """The readout r that minimises ||H r - y||: H (..., samples, width), y (samples,) -> r (..., width), all float64.
 
     A layer leaves many directions of its state unused at first; the pseudo-inverse of H^T H leaves them alone too.
     """
-    # Hint: The normal equations, with torch.linalg.pinv for what H^T H cannot determine. (1 line)
+    # Hint: the normal equations, with torch.linalg.pinv for what H^T H cannot determine. H^T y is a batch of vectors:
+    # keep each a column. (torch.linalg.lstsq with its default driver is unreliable where H lacks rank.) (1 line)
     # BEGIN SOLUTION
     return (torch.linalg.pinv(H.mT @ H, hermitian=True, rtol=1e-12) @ (H.mT @ y[..., None])).squeeze(-1)
     # END SOLUTION
@@ -624,8 +627,9 @@ def layer_predictions(model, xs, ys, readouts=None):
 
 # %%
 def error_cosines(traj_a, traj_b, ys):
-    """Cosines of the error vectors over t = 1..n, prompt by prompt: (len_a, len_b, prompts)."""
-    # Hint: Normalise each error vector, then one einsum does all pairs. (3 lines)
+    """Cosines of the error vectors, prediction - y over t = 1..n, prompt by prompt: two trajectories -> (len_a, len_b,
+    prompts). An error of exactly 0 has cosine 0 with everything."""
+    # Hint: normalise each error vector, then one einsum does all pairs. (3 lines)
     # BEGIN SOLUTION
     def direction(trajectory):
         return F.normalize((trajectory.double() - ys.double())[..., 1:], dim=-1)
@@ -636,7 +640,7 @@ def error_cosines(traj_a, traj_b, ys):
 
 def similarity_of_errors(traj_a, traj_b, ys):
     """SimE, the mean cosine of error vectors, between every step of a and every step of b: (len_a, len_b)."""
-    # Hint: The mean over prompts. (1 line)
+    # Hint: the mean over prompts. (1 line)
     # BEGIN SOLUTION
     return error_cosines(traj_a, traj_b, ys).mean(-1)
     # END SOLUTION
@@ -823,6 +827,7 @@ plt.rcParams.update({
 FLOOR = 1e-7  # pictures of errors end here
 
 FIGURES = {}  # name -> function of a study, in the order in which they are made
+NEED_NO_MODEL = {"solvers", "by_hand", "preconditioners", "stages"}
 ON_DEMAND = set()  # names of figures that train many models: made only when asked for by name
 
 
@@ -1524,9 +1529,11 @@ def newton_layer(d):
     """The weights of one Newton step, from tokens [T x ; x ; y] to [(2T - T S T) x ; x ; y], S = sum_j x_j x_j^T.
 
     Attention adds -1/2 sum_j T x_j <x_j, T x_t> to the top block, for (T - 1/2 T S T) x_t; the MLP doubles the block.
-    Returns heads, two of (Q (d, 2d+1), K (d, 2d+1), V (2d+1, 2d+1)), and mlp = (up (2d, 2d+1), down (2d+1, 2d)).
+    Returns, all float64, heads, two of (Q (d, 2d+1), K (d, 2d+1), V (2d+1, 2d+1)), and mlp = (up (2d, 2d+1), down
+    (2d+1, 2d)).
     """
-    # Hint: V writes where it reads, through -1/2 of token_blocks; linear_heads gives the two heads. (4 lines)
+    # Hint: V reads T x_j and writes it, times -1/2, to the top block: a product of token_blocks. linear_heads makes the
+    # two heads. In the MLP, ReLU(a) - ReLU(-a) = a. (4 lines)
     # BEGIN SOLUTION
     Tx, x, _ = token_blocks(d)
     heads = linear_heads(Q=Tx, K=x, V=-0.5 * Tx.mT @ Tx)
@@ -1992,7 +1999,7 @@ EXERCISES = [  # number, function, idea, equation, minutes, difficulty, points
      "A = U diag(1 / ((n+1)/n lambda_i + tr/n)) U^T", 30, "hard", 10),
 ]
 
-QUESTIONS = [  # to be answered before running anything; each has its answer below
+QUESTIONS = [  # to be answered before running anything
     "You raise --kappa from 1 to 100. How do the best-matching steps of the last layer change, Newton's and GD's? Why?",
     "What is the smallest squared error / d that any method can reach after t < d examples, on average, if kappa = 1? "
     "Which curve of the progression figure shows it?",
@@ -2003,6 +2010,7 @@ QUESTIONS = [  # to be answered before running anything; each has its answer bel
     "evidence that it runs gradient descent? What in the rates figure decides?",
     "Add noise 0.1 to y. Should the network converge to least squares? What is the best predictor now?",
 ]
+ANSWERS = []
 # BEGIN SOLUTION
 ANSWERS = [
     "Newton's hardly change: it needs O(log kappa) steps. GD's grow manyfold: it needs O(kappa). See rates_ill.",
@@ -2045,8 +2053,12 @@ def write_homework(folder):
     questions = "".join(f"{i}. {question}\n" for i, question in enumerate(QUESTIONS, start=1))
     sheet = (f"# Which algorithm does a Transformer run?\n\nRead icl_newton.py from the top. Where it raises "
              f"NotImplementedError, write the answer: the docstring says what, a hint how. Then\n\n"
-             f"    python -m pytest -k test_ex      # all, with points\n    python -m pytest -k ex04         # one\n"
-             f"    python icl_newton.py             # once all pass: the whole study\n\n{table}\n"
+             f"    python -m pytest -x --tb=short -k ex04       # one exercise, its first failure only\n"
+             f"    python -m pytest --tb=no -k test_ex          # all, with points\n"
+             f"    python icl_newton.py --figures solvers       # after exercise 4: your first figure, in seconds\n"
+             f"    python icl_newton.py                         # once all pass: the whole study, in minutes\n\n"
+             f"The tests of one exercise do not need the others. A failing test prints ICL_SEED; set it to repeat the "
+             f"run.\n\n{table}\n"
              f"## Predict before you run\n\n{questions}")
     answers = "".join(f"{i}. {q}\n\n   {a}\n\n" for i, (q, a) in enumerate(zip(QUESTIONS, ANSWERS), start=1))
     tests = source.with_name("test_icl_newton.py").read_text().split("# For lecturers")[0].rstrip("#- \n") + "\n"
@@ -2164,7 +2176,7 @@ def run(config):
     """Make the figures that the configuration asks for, write results.json, and print the table of claims."""
     clock, fast, out = Clock(), matmul_rate(), Path(config.out)
     names = config.figures.split(",") if config.figures != "all" else [f for f in FIGURES if f not in ON_DEMAND]
-    models = 1 + any("_ill" in name for name in names)
+    models = bool(set(names) - NEED_NO_MODEL) + any("_ill" in name for name in names)
     seconds = config.seeds * (models * config.steps * flops_per_step(config) / (0.25 * fast) + 2 * len(names))
     print(f"Draws {', '.join(names)} into {out}/, for which it trains a {config.model} ({config.layers} layers, width "
           f"{config.width}; d = {config.d}, n = {config.n}) and what else they need.")
@@ -2214,9 +2226,13 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         print(f"icl_newton: {error}", file=sys.stderr)
         return 2
+    unwritten = re.findall(r'NotImplementedError\("(exercise \d+: \w+)"\)', Path(__file__).read_text())
+    if unwritten and config.figures == "all":  # a student's version
+        print(f"icl_newton: still to be written: {', '.join(unwritten)}", file=sys.stderr)
+        return 1
     try:
         run(config)
-    except NotImplementedError as error:  # a student's version
+    except NotImplementedError as error:
         print(f"icl_newton: still to be written: {error}", file=sys.stderr)
         return 1
     except FloatingPointError as error:

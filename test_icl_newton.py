@@ -10,6 +10,7 @@ prefixes, an identity, or an answer planted in the data. Shapes and seeds are dr
 prints its seed, and ICL_SEED=that repeats it.
 """
 
+import inspect
 import json
 import math
 import os
@@ -95,9 +96,9 @@ def loop_over_prefixes(xs, ys, solve):
     return torch.tensor(np.array(rows)).permute(2, 0, 1)
 
 
-def slow_gd(steps, lr=None, w0=None):
+def slow_gd(steps, lr=None, w0=None, ridge=0.0):
     def solve(X, y):
-        S, b, w = X.T @ X, X.T @ y, np.zeros(X.shape[1]) if w0 is None else w0.copy()
+        S, b, w = X.T @ X + ridge * np.eye(X.shape[1]), X.T @ y, np.zeros(X.shape[1]) if w0 is None else w0.copy()
         eta = lr if lr is not None else 1 / max(np.linalg.eigvalsh(S)[-1], 1e-30)
         path = [w]
         for _ in range(steps):
@@ -107,10 +108,10 @@ def slow_gd(steps, lr=None, w0=None):
     return solve
 
 
-def slow_newton(steps, alpha):
+def slow_newton(steps, alpha=None, ridge=0.0):
     def solve(X, y):
-        S, b = X.T @ X, X.T @ y
-        M = alpha * S
+        S, b = X.T @ X + ridge * np.eye(X.shape[1]), X.T @ y
+        M = S / max(np.linalg.norm(S @ S.T), 1e-30) if alpha is None else alpha * S
         path = [M @ b]
         for _ in range(steps):
             M = 2 * M - M @ S @ M
@@ -123,7 +124,10 @@ def slow_newton(steps, alpha):
 def close(actual, expected, message, tolerance=1e-9):
     """Equal shapes, and equal entries up to a tolerance relative to the largest."""
     actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
-    assert tuple(actual.shape) == tuple(expected.shape), f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    shapes = tuple(actual.shape), tuple(expected.shape)
+    assert shapes[0] == shapes[1], f"shape {shapes[0]}, expected {shapes[1]}: {message}"
+    bad = (~actual.isfinite()).nonzero().tolist()
+    assert not bad, f"{len(bad)} entries are nan or infinite, the first at index {bad[0]}: {message}"
     scale = max(expected.abs().max().item(), 1e-3)
     error = (actual.double() - expected.double()).abs().max().item() / scale
     assert error <= tolerance, f"{message} (largest relative error {error:.1e})"
@@ -164,14 +168,17 @@ def test_ex01_randomness_comes_from_the_generator(icl):
 
 
 def test_ex01_condition_number(icl):
-    d, kappa = random.choice([4, 6]), random.uniform(5, 50)
+    d, kappa = 5, random.uniform(5, 50)
     xs, _ = icl.sample_prompts(2, 40_000, d, kappa=kappa)
     spectra = [np.linalg.eigvalsh(x.double().numpy().T @ x.double().numpy() / len(x)) for x in xs]
     for s in spectra:
-        ratio = s[d // 2 :].mean() / s[: d // 2].mean()
-        assert abs(ratio / kappa - 1) < 0.1, f"condition number {ratio:.1f}, expected {kappa:.1f}: eigenvalues of the covariance scale x by their square root"
-        assert abs(s.sum() / d - 1) < 0.1, f"the covariance has trace {s.sum():.2f}, expected d = {d}: rescale the eigenvalues"
-        assert s[d // 2 :].min() / s[: d // 2].max() > kappa / 2, "the first d//2 eigenvalues are kappa times the others"
+        s, high = s[::-1], d // 2
+        large = int((s > math.sqrt(s[0] * s[-1])).sum())
+        assert large == high, f"{large} of {d} eigenvalues are large, expected d//2 = {high}"
+        ratio = s[:high].mean() / s[high:].mean()
+        assert abs(ratio / kappa - 1) < 0.1, (
+            f"condition number {ratio:.1f}, expected {kappa:.1f}: eigenvalues of the covariance scale x by their roots")
+        assert abs(s.sum() / d - 1) < 0.1, f"the covariance has trace {s.sum():.2f}, expected d = {d}: rescale"
     moments = [(x.T @ x / len(x)).double() for x in xs]
     assert (moments[0] - moments[1]).abs().max() > 0.05, "each prompt needs its own random eigenbasis"
     assert (moments[0] - torch.diag(moments[0].diagonal())).abs().max() > 0.02, "the eigenbasis must be rotated, not the axes"
@@ -193,7 +200,7 @@ def test_ex02_default_step_size(icl):
     expected = loop_over_prefixes(xs, ys, slow_gd(K))
     actual = icl.gradient_descent(xs, ys, K)
     close(actual[:1], expected[:1], "step 0 must be the start, w_0 = 0: have you taken a step too many?")
-    close(actual, expected, "w <- w - lr (S w - b) with lr = 1/lambda_max of each prefix; does a prefix include the example it predicts?")
+    close(actual, expected, "w <- w - lr (S w - b) with lr = 1/lambda_max of each prefix (the empty one has S = 0); does a prefix include the example it predicts?")
 
 
 def test_ex02_given_step_size_and_counts(icl):
@@ -213,6 +220,13 @@ def test_ex02_given_start(icl):
     assert torch.equal(w0, kept), "w0 was changed in place"
 
 
+def test_ex02_ridge(icl):
+    xs, ys = some_prompts()
+    expected = loop_over_prefixes(xs, ys, slow_gd(6, 0.01, ridge=0.5))
+    message = "`ridge` adds ridge I to S: hand it on to spectral_trajectory or prefix_moments"
+    close(icl.gradient_descent(xs, ys, 6, lr=0.01, ridge=0.5), expected, message)
+
+
 def test_ex03_newton_start_is_safe_and_scales(icl):
     d = random.randint(2, 6)
     X = torch.randn(random.randint(2, 4), 3, d + random.randint(0, 4), d, dtype=torch.float64)
@@ -220,9 +234,9 @@ def test_ex03_newton_start_is_safe_and_scales(icl):
     alpha = icl.newton_start(S)
     assert alpha.shape == (*S.shape[:-2], 1, 1), "one alpha for each S, as (..., 1, 1): have you taken one norm of all matrices?"
     expected = torch.tensor([[1 / np.linalg.norm(s @ s.T) for s in row] for row in S.numpy()])
+    close(icl.newton_start(10 * S), alpha / 100, "alpha shrinks with the square of S: the norm is of S S^T, not of S")
     assert ((alpha.squeeze() * torch.linalg.matrix_norm(S, 2) ** 2) < 1.999).all(), "alpha lambda_max^2 must be below 2, or (1 - alpha lambda^2)^(2^k) never shrinks"
     close(alpha[..., 0, 0], expected, "alpha = 1/||S S^T||_F, the Frobenius norm")
-    close(icl.newton_start(10 * S), alpha / 100, "alpha shrinks with the square of S: the norm is of S S^T, not of S")
 
 
 def test_ex03_newton_start_of_nothing(icl):
@@ -265,6 +279,18 @@ def test_ex04_float64_to_the_end(icl):
     close(last, expected, "40 steps must reach the minimum-norm least-squares solution", 1e-4)
 
 
+def test_ex04_default_alpha_and_ridge(icl, monkeypatch):
+    def start(S):  # the grader's own, so that exercise 3 does not matter here
+        return 1 / (S @ S).square().sum((-2, -1), keepdim=True).sqrt().clamp_min(1e-30)
+
+    monkeypatch.setattr(icl, "newton_start", start)
+    xs, ys = some_prompts()
+    expected = loop_over_prefixes(xs, ys, slow_newton(5))
+    close(icl.newton(xs, ys, 5), expected, "without alpha, each prefix starts from its own newton_start(S)")
+    expected = loop_over_prefixes(xs, ys, slow_newton(5, ridge=0.5))
+    close(icl.newton(xs, ys, 5, ridge=0.5), expected, "`ridge` adds ridge I to S: hand it on to prefix_moments")
+
+
 def test_ex05_tokens(icl):
     P, n, d = random.randint(2, 4), random.randint(2, 6), random.randint(2, 5)
     xs, ys = torch.randn(P, n + 1, d), torch.randn(P, n + 1)
@@ -294,6 +320,7 @@ def test_ex06_the_future_is_invisible(icl):
     k, v = k.clone(), v.clone()
     k[:, 4:], v[:, 4:] = 7.0, -7.0
     after = icl.causal_attention(q, k, v)
+    assert after.isfinite().all(), "a row of scores is all -inf: a token must see itself"
     assert torch.allclose(before[:, :4], after[:, :4]), "a later token changed an earlier output: mask the future before the softmax"
     assert not torch.allclose(before[:, 4:], after[:, 4:]), "a token must see itself and what came before"
 
@@ -352,6 +379,43 @@ def loop_newton_layer(icl, h, d, mask):
     return h + np.stack([np.asarray(down) @ np.maximum(np.asarray(up) @ token, 0.0) for token in h])
 
 
+def test_ex09_shapes(icl):
+    heads, (up, down) = icl.newton_layer(4)
+    assert [[tuple(m.shape) for m in head] for head in heads] == [[(4, 9), (4, 9), (9, 9)]] * 2, "two heads (Q, K, V)"
+    assert (up.shape, down.shape) == ((8, 9), (9, 8)), "the MLP's matrices are up (2d, 2d+1) and down (2d+1, 2d)"
+    assert all(m.dtype == torch.float64 for m in (*heads[0], *heads[1], up, down)), "all weights are float64"
+
+
+def test_ex09_attention_alone(icl):
+    d = random.randint(2, 4)
+    X, T = (torch.randn(rows, d, dtype=torch.float64).numpy() for rows in (2 * d + 1, d))
+    h = np.concatenate([X @ T.T, X, X[:, :1]], axis=1)
+    heads = [[np.asarray(matrix) for matrix in head] for head in icl.newton_layer(d)[0]]
+    added, S = loop_attention(h, heads, np.ones((len(h), len(h)))) - h, X.T @ X
+    right = -0.5 * X @ (T @ S @ T).T
+    assert not added[:, d:].any(), "attention must write into the top block only: see V's rows"
+    for wrong, mistake in (
+        (-right, "attention adds +1/2 T S T: the sign of V"),
+        (2 * right, "attention adds -T S T, and the MLP will double it: V needs -1/2"),
+        (-0.5 * X @ (T @ S @ T.T).T, "scores are <x_j, T x_t>, query T x_t and key x_j; <T x_j, x_t> makes T S T^T"),
+        (-0.5 * X @ (T @ S).T, "the score is <x_j, x_t>: the query must read T x_t"),
+        (-0.5 * X @ (S @ T).T, "the value is x_j: V must read T x_j"),
+        (0.0 * right, "the two heads cancel, or V is 0: the second head needs -Q and -V"),
+    ):
+        assert np.abs(added[:, :d] - wrong).max() > 1e-9, mistake
+    assert np.abs(added[:, :d] - right).max() < 1e-9, "it must add -1/2 T S T x_t; two heads, ReLU(s) V - ReLU(-s) V"
+
+
+def test_ex09_mlp_alone(icl):
+    d = random.randint(2, 4)
+    up, down = icl.newton_layer(d)[1]
+    h = torch.randn(6, 2 * d + 1, dtype=torch.float64)
+    added = (h @ up.mT).relu() @ down.mT
+    assert not added[:, d:].any(), "the MLP must leave x and y alone"
+    message = "the MLP must add the top block to itself, negative entries too: ReLU(a) - ReLU(-a) = a"
+    assert (added[:, :d] - h[:, :d]).abs().max() < 1e-9, message
+
+
 @pytest.mark.parametrize("n, d, symmetric", [(3, 1, True), (6, 3, True), (3, 5, True), (6, 3, False), (3, 5, False)])
 def test_ex09_newton_layer(icl, n, d, symmetric):
     rng = np.random.default_rng(SEED)
@@ -367,13 +431,7 @@ def test_ex09_newton_layer(icl, n, d, symmetric):
     if not symmetric:
         why = "this is 2T - T S T^T, right only for symmetric T; with scores <x_j, T x_t> rounding dies out"
         assert not np.allclose(h[:, :d], X @ (2 * T - T @ S @ T.T).T), why
-    assert np.allclose(h[:, :d], double), "not (2T - T S T) x: do the heads' values have opposite signs?"
-
-
-def test_ex09_shapes(icl):
-    heads, (up, down) = icl.newton_layer(4)
-    assert [[tuple(m.shape) for m in head] for head in heads] == [[(4, 9), (4, 9), (9, 9)]] * 2, "two heads (Q, K, V)"
-    assert (up.shape, down.shape) == ((8, 9), (9, 8)), "the MLP's matrices are up (2d, 2d+1) and down (2d+1, 2d)"
+    assert np.allclose(h[:, :d], double), "the whole layer does not give (2T - T S T) x"
 
 
 def some_covariance(d=None):
@@ -1280,7 +1338,11 @@ def test_the_assignment_has_no_answers_but_all_else(assignment):
 
 def test_the_assignment_runs_and_says_what_is_missing(assignment):
     run = subprocess.run([sys.executable, "icl_newton.py"], cwd=assignment, capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr == "icl_newton: still to be written: exercise 1: sample_prompts\n", run.stderr
+    first = "icl_newton: still to be written: exercise 1: sample_prompts"
+    assert run.returncode == 1 and run.stderr.startswith(first + ", exercise 2: ") and run.stderr.count("\n") == 1
+    some = [sys.executable, "icl_newton.py", "--figures", "solvers"]
+    run = subprocess.run(some, cwd=assignment, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr == first + "\n", run.stderr
     grade = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_ex"]
     run = subprocess.run(grade, cwd=assignment, capture_output=True, text=True)
     assert "0 of 10 exercises passed: 0 of 100 points" in run.stdout, run.stdout[-2000:]
@@ -1305,6 +1367,7 @@ WRONG = [
     (1, "sample_prompts", "noise is a variance", "noise * draw", "noise**2 * draw"),
     (1, "sample_prompts", "one large eigenvalue instead of d//2", "[: d // 2]", "[:1]"),
     (1, "sample_prompts", "generator ignored", "generator=generator, device", "generator=None, device"),
+    (1, "sample_prompts", "half rounded up", "d // 2", "(d + 1) // 2"),
     (1, "sample_prompts", "uniform in place of normal", "torch.randn", "torch.rand"),
     (2, "gradient_descent", "wrong sign", "1 - step_size", "1 + step_size"),
     (2, "gradient_descent", "a step too many", "** k", "** (k + 1)"),
@@ -1314,6 +1377,7 @@ WRONG = [
     (2, "gradient_descent", "start ignored", "steps, w0, ridge", "steps, None, ridge"),
     (2, "gradient_descent", "mean in place of sum", "step_size * eigenvalues", "step_size / len(ys[0]) * eigenvalues"),
     (2, "gradient_descent", "prefix includes its own example", "(xs, ys, residual", "(xs.roll(-1, 1), ys.roll(-1, 1), residual"),
+    (2, "gradient_descent", "ridge ignored", "w0, ridge)", "w0)"),
     (2, "gradient_descent", "input changed", "    return spectral", "    w0 is None or w0.mul_(2)\n    return spectral"),
     (3, "newton_start", "the printed alpha", "return 1 / torch.linalg.matrix_norm(S @ S.mT,",
      "return 2 / torch.linalg.matrix_norm(S @ S.mT, 2,"),
@@ -1328,6 +1392,8 @@ WRONG = [
     (4, "newton", "a step too many", "if k > 0", "if k >= 0"),
     (4, "newton", "starts from alpha I", " * S, []", " * torch.eye(S.shape[-1]).double().expand_as(S), []"),
     (4, "newton", "given alpha ignored", "(newton_start(S) if alpha is None else alpha)", "newton_start(S)"),
+    (4, "newton", "default alpha ignored", "(newton_start(S) if alpha is None else alpha)", "(alpha or 1e-3)"),
+    (4, "newton", "ridge ignored", "(xs, ys, ridge)", "(xs, ys)"),
     (4, "newton", "counts ignored", "if k in counts", "if k < len(counts)"),
     (4, "newton", "float32", "S, b = prefix_moments(xs, ys, ridge)",
      "S, b = (z.float() for z in prefix_moments(xs, ys, ridge))"),
@@ -1366,6 +1432,7 @@ WRONG = [
      "[(Tx, x, -0.5 * Tx.mT @ Tx), (-Tx, x, -0.5 * Tx.mT @ Tx)]"),
     (9, "newton_layer", "query and key exchanged: T S T^T", "Q=Tx, K=x", "Q=x, K=Tx"),
     (9, "newton_layer", "the MLP loses the negative half", "[Tx, -Tx]", "[Tx, Tx * 0]"),
+    (9, "newton_layer", "float32", "return heads,", "heads = [tuple(m.float() for m in head) for head in heads]\n    return heads,"),
     (9, "newton_layer", "the MLP doubles x", "torch.cat([Tx, -Tx])", "torch.cat([x, -x])"),
     (9, "newton_layer", "values are x", "Tx.mT @ Tx)", "Tx.mT @ x)"),
     (10, "optimal_preconditioner", "n in place of n+1", "(n + 1) / n", "n / n"),
@@ -1445,11 +1512,13 @@ def failing_exercises(module):
                 names = mark.args[0].split(", ")
                 cases = [dict(zip(names, values)) for values in mark.args[1]]
             for case in cases:
-                try:
-                    test(module, **case)
-                except Exception:
-                    failing.add(int(found[1]))
-                    break
+                with pytest.MonkeyPatch.context() as monkeypatch:
+                    if "monkeypatch" in inspect.signature(test).parameters:
+                        case = case | {"monkeypatch": monkeypatch}
+                    try:
+                        test(module, **case)
+                    except Exception:
+                        failing.add(int(found[1]))
     return failing
 
 
