@@ -6,7 +6,7 @@
 Transformers that learn linear regression in context run Newton's method, layer by layer. Watch one do it.
 
 Give a Transformer a prompt x_1, y_1, x_2, y_2, ..., x_{n+1} whose answers come from a hidden linear rule y = w.x that
-changes with every prompt. Trained on millions of such prompts, it learns to solve a *new* regression inside one
+changes with every prompt. Trained on enough such prompts, it learns to solve a *new* regression inside one
 forward pass. Which algorithm does it run? Fu, Chen, Jia and Sharan (arXiv 2310.17086, "Fu" below) say: not gradient
 descent. Each layer is worth a fixed number of steps of Iterative Newton, and every Newton step doubles the number of
 correct digits; to keep up, gradient descent needs exponentially many steps. This file trains such a Transformer from
@@ -22,7 +22,7 @@ The idea that keeps the file small: **every learner is a trajectory of predictio
 Newton's steps, gradient descent's steps, a Transformer's layers: one error curve, one similarity and one best match
 serve them all.
 
-What differs from Fu's setting, and why (their own setting is `--preset paper`, for a GPU):
+What differs from Fu's setting, and why (`--preset laptop` and `paper` take their d, n; `paper` their model size too):
     d = 5, n = 10, not 20, 40       the same picture for a hundredth of the arithmetic
     8 layers of width 64            not 12 of 256, for the same reason
     Muon, 1,700 steps of 128 prompts   not Adam, 500,000 of 64: section 5
@@ -37,6 +37,8 @@ Notation (Fu's symbols). Shapes in code put prompts first: (prompts, n+1, d).
     S = X^T X     = sum_{i<=t} x_i x_i^T, the Gram matrix of a prefix; b = X^T y = sum_{i<=t} y_i x_i
     eta, alpha    step size of gradient descent; start of Newton, M_0 = alpha S
     k, l          a step of an algorithm; a layer of a network
+In code L, K, P, W count layers, steps, prompts and width, and T tokens (in section 11 queries). In section 13 T is
+Newton's matrix; in section 15 K counts features.
 """
 
 import argparse
@@ -107,25 +109,24 @@ class Config:
     homework: str = ""  # write the assignment for students into this new folder, and do nothing else
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            may_be_zero = field.name in ("noise", "curriculum", "seed")
-            if field.type in (int, float) and not (0 <= value < math.inf and (value or may_be_zero)):
-                raise ValueError(f"--{field.name} must be a positive number{' or 0' * may_be_zero}, not {value}")
-        if self.width % self.heads:
-            raise ValueError(f"--heads must divide --width, but {self.heads} does not divide {self.width}")
-        if self.kappa < 1 or (self.kappa > 1 and self.d == 1):
-            raise ValueError("--kappa is at least 1, and 1 where d = 1")
-        if unknown := set(self.figures.split(",")) - {"all", *FIGURES}:
-            raise ValueError(f"--figures: no figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
-        if "paper_tables" in self.figures and (self.d, self.n) != (20, 40):
-            raise ValueError("--figures paper_tables compares with Fu's tables: it needs --d 20 --n 40")
-        if self.model not in MODELS:
-            raise ValueError(f"--model is one of {', '.join(MODELS)}, not {self.model}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"--device is auto, cpu or cuda, not {self.device}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: no CUDA device on this machine")
+        for name, value in vars(self).items():
+            may_be_zero = name in ("noise", "curriculum", "seed")
+            if not isinstance(value, str) and not (0 <= value < math.inf and (value or may_be_zero)):
+                raise ValueError(f"--{name} must be a positive number{' or 0' * may_be_zero}, not {value}")
+        chosen = self.figures.split(",") if self.figures != "all" else []
+        cuda_missing = self.device == "cuda" and not torch.cuda.is_available()
+        not_fu = (self.d, self.n, self.kappa, self.noise) != (20, 40, 1, 0)
+        for wrong, message in (
+            (self.width % self.heads, f"--heads must divide --width, but {self.heads} does not divide {self.width}"),
+            (self.kappa < 1, f"--kappa is at least 1, not {self.kappa}"),
+            (set(chosen) - set(FIGURES), f"--figures is all, or some of {', '.join(FIGURES)}; not {self.figures}"),
+            ("paper_tables" in chosen and not_fu, "--figures paper_tables needs Fu's problem: --d 20 --n 40"),
+            (self.model not in MODELS, f"--model is one of {', '.join(MODELS)}, not {self.model}"),
+            (self.device not in ("auto", "cpu", "cuda"), f"--device is auto, cpu or cuda, not {self.device}"),
+            (cuda_missing, "--device cuda: no CUDA device on this machine"),
+        ):
+            if wrong:
+                raise ValueError(message)
 
     @property
     def torch_device(self):
@@ -138,14 +139,11 @@ PRESETS = {
     "default": {},
     "quick": dict(d=3, n=6, layers=6, width=32, heads=2, steps=300, batch=64, probes=512, prompts=256,
                   attention_steps=60, out="figures/quick"),
-    "laptop": dict(d=20, n=40, width=128, heads=4, steps=5000, batch=64, curriculum=50, probes=512, prompts=320,
+    "laptop": dict(d=20, n=40, width=128, heads=4, steps=4000, batch=64, curriculum=50, probes=512, prompts=320,
                    figures=PART_I + ",paper_tables", out="figures/d20"),
     "paper": dict(d=20, n=40, layers=12, width=256, heads=8, steps=30_000, batch=64, curriculum=50, probes=512,
                   prompts=320, figures=PART_I + ",paper_tables", out="figures/paper"),
 }
-
-# The setting of one training run, and so the name of its checkpoint; nothing else changes the trained weights.
-TRAINING_FIELDS = ("d n kappa noise model layers width heads steps batch muon_lr adam_lr curriculum seed").split()
 
 # %% [markdown]
 # ## 2. Prompts (Fu, section 3)
@@ -192,10 +190,14 @@ def sample_prompts(prompts, n, d, *, kappa=1.0, noise=0.0, generator=None):
 #
 #     R_{k+1} = I - S (2 M_k - M_k S M_k) = (I - S M_k)^2 = R_k^2,
 #
-# so an error of 10^-3 becomes 10^-6, then 10^-12. One step of gradient descent multiplies its error by (I - eta S),
-# always the same factor: a fixed number of steps per digit. The catch: R_0 = I - alpha S^2 must have norm below 1 on
-# the span of the examples, so alpha < 2/||S||^2. (Fu prints alpha = 2/||S S^T||_2, which is exactly the edge, where one
-# eigenvalue of R is -1 and its square, 1, never shrinks. Their code uses 1/||S S^T||_F, and so do we.)
+# so an error of 10^-3 becomes 10^-6, then 10^-12. (M_k is a polynomial in S, so the two commute. Without noise
+# b = S w*, hence w* - w_k = (I - M_k S) w* = R_k w* on the examples' span: the error is R_k applied to the answer.
+# The log kappa steps are those until even the weakest eigenvector's residual is well below 1.) One step of gradient
+# descent multiplies its error by (I - eta S), always the same factor: a fixed number of steps per digit.
+#
+# The catch: R_0 = I - alpha S^2 must have spectral norm below 1 on the span of the examples, so alpha < 2/||S||^2. (Fu
+# prints alpha = 2/||S S^T||_2, which is exactly the edge, where one eigenvalue of R is -1 and its square, 1, never
+# shrinks. Their code uses 1/||S S^T||_F, and so do we.)
 
 # %%
 TINY = 1e-30  # keeps the empty prefix, S = 0, from dividing by zero
@@ -305,7 +307,8 @@ def newton(xs, ys, steps, alpha=None, ridge=0.0):
 # ## 4. The Transformer
 #
 # A GPT-2-like decoder on interleaved tokens x_1, y_1, ..., x_{n+1}: pre-norm blocks of causal attention and an MLP,
-# each adding to the residual stream. It predicts y_{t+1} at the token x_{t+1}, having seen t examples. Its MLPs are
+# each adding to the residual stream. Queries and keys are normalised too, which keeps large learning rates stable; no
+# norm has parameters. It predicts y_{t+1} at the token x_{t+1}, having seen t examples. Its MLPs are
 # twice as wide as the stream, not four times: the same error in fewer seconds. The matrices of all layers live in one
 # tensor, so that the optimiser can treat them together.
 
@@ -348,6 +351,7 @@ class Transformer(nn.Module):
         self.config, L, W = config, config.layers, config.width
         self.read_in = nn.Parameter(0.3 * torch.randn(W, config.d) / math.sqrt(config.d))
         self.positions = nn.Parameter(0.02 * torch.randn(2 * config.n + 1, W))
+        # Standard deviations 1/sqrt(3 W), as torch.nn.Linear's.
         self.attention = nn.Parameter(torch.randn(L, 4, W, W) / math.sqrt(3 * W))  # query, key, value, output
         self.mlp = nn.Parameter(torch.randn(L, 2, 2 * W, W) / math.sqrt(3 * W))  # up, and down transposed
         self.read_out = nn.Parameter(torch.zeros(W))
@@ -397,7 +401,7 @@ MODELS = {"transformer": Transformer}  # Part II adds another
 
 # %%
 def orthogonalize(G):
-    """The nearest orthogonal matrix to each of (..., rows, columns), roughly: singular values end in 0.7..1.2.
+    """The nearest orthogonal matrix to each of (..., rows, columns), roughly: most singular values end in 0.7..1.2.
 
     Five Newton-Schulz steps with Muon's coefficients, tuned for speed: they push singular values up fast, not to 1.
     """
@@ -445,122 +449,27 @@ def training_prompts(config, step, generator):
     return F.pad(xs, (0, config.d - d)), ys
 
 
-def flops_per_step(config):
-    """Floating-point operations of one training step's matrix products: forward, backward and Muon."""
-    W, T = config.width, 2 * config.n + 1
-    forward = config.layers * config.batch * T * (2 * 8 * W**2 + 4 * T * W)  # weights, and attention's T x T
-    muon = config.layers * 5 * (4 * 6 * W**3 + 2 * 10 * W**3)  # four square matrices, two of 2W x W; five iterations
-    return 3 * forward + muon  # the backward pass multiplies each matrix twice
+def make_optimizers(model, config):
+    """AdamW for embedding, positions and readout; Muon for the stacks of matrices in the blocks, if there are any."""
+    blocks, rest = ([p for p in model.parameters() if (p.ndim > 2) == stacked] for stacked in (True, False))
+    adam = torch.optim.AdamW(rest, config.adam_lr, (0.9, 0.99), weight_decay=0)
+    return [adam, Muon(blocks, config.muon_lr)] if blocks else [adam]
 
 
-def matmul_rate(size=2048, repeats=4):
-    """Floating-point operations per second of a large float32 matrix product on the CPU: the best of a few."""
-    a, seconds = torch.randn(size, size), []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+def training_step(model, optimizers, config, step, generator):
+    """One step down the mean squared error over all prefixes of fresh prompts. Returns the loss, on the device.
 
-
-def identity(config):
-    """What a checkpoint is found by: the settings that decide the trained weights."""
-    return {name: getattr(config, name) for name in TRAINING_FIELDS}
-
-
-def checkpoint_path(config):
-    key = hashlib.sha256(json.dumps(identity(config)).encode()).hexdigest()[:10]
-    return Path(config.checkpoints) / f"{config.model}-d{config.d}-n{config.n}-seed{config.seed}-{key}.pt"
-
-
-def load_checkpoint(config):
-    """The saved state of this configuration's training, or None. A file that cannot be used is kept under a new name,
-    with a line on standard error."""
-    path = checkpoint_path(config)
-    if not path.exists():
-        return None
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        reason = None if saved["identity"] == identity(config) else "belongs to another configuration"
-    except Exception as error:  # torch.load raises half a dozen kinds for damaged files
-        reason = f"is damaged ({type(error).__name__})"
-    if reason is None:
-        return saved
-    kept = next(p for i in range(1, 10**6) if not (p := path.with_suffix(f".kept-{i}")).exists())
-    path.rename(kept)
-    print(f"icl_newton: checkpoint {path} {reason}; kept as {kept}, training anew", file=sys.stderr)
-    return None
-
-
-def save_atomically(write, path):
-    """Call write(temporary path), then move the result to `path` in one step: a kill leaves the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def show_progress(config, step, loss, seconds_per_step):
-    """One line: step, loss, rate, time left. It rewrites itself on a terminal; in a log it comes every tenth."""
-    on_terminal, last = sys.stdout.isatty(), step == config.steps
-    if on_terminal or last or step % max(config.steps // 10, 1) < 10:
-        left = (config.steps - step) * seconds_per_step
-        line = f"  step {step:>6}/{config.steps}  loss/d {loss / config.d:.4f}  {1 / seconds_per_step:5.1f} steps/s"
-        print(f"{line}  {left:4.0f} s left", end="\r" if on_terminal and not last else "\n", flush=True)
-
-
-def train(config):
-    """Train the Transformer of `config`, or go on from its checkpoint, and return it.
-
-    A run that was killed continues at its last checkpoint and ends with the same weights, bit for bit on the same
-    machine, as one that was not. model.training_seconds and model.losses (steps,) describe the training. Raises
-    FloatingPointError, with the step, for a loss that is not finite.
+    The loop around it, which also writes checkpoints, is `train`, near the end of the file.
     """
-    device, path = config.torch_device, checkpoint_path(config)
-    torch.manual_seed(config.seed)
-    model = MODELS[config.model](config).to(device)
-    blocks, rest = [p for p in model.parameters() if p.ndim > 2], [p for p in model.parameters() if p.ndim <= 2]
-    optimizers = [torch.optim.AdamW(rest, config.adam_lr, (0.9, 0.99), weight_decay=0)]
-    if blocks:
-        optimizers.append(Muon(blocks, config.muon_lr))
-    peak_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    generator = torch.Generator(device).manual_seed(config.seed)
-    losses, done, seconds = torch.full((config.steps,), math.nan, device=device), 0, 0.0
-    if saved := load_checkpoint(config):
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        generator.set_state(saved["generator"])
-        losses, done, seconds = saved["losses"].to(device), saved["done"], saved["seconds"]
-        print(f"  found {path}: {done} of {config.steps} steps" + " done" * (done == config.steps))
-
-    start = time.perf_counter() - seconds
-    for step in range(done, config.steps):
-        for optimizer, lr in zip(optimizers, peak_rates):
-            optimizer.param_groups[0]["lr"] = lr * learning_rate_factor(step, config.steps)
-        xs, ys = training_prompts(config, step, generator)
-        loss = (model(xs, ys) - ys).square().mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(rest, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
-        losses[step] = loss.detach()
-
-        done = step + 1
-        save = done % config.save_every == 0 or done == config.steps
-        if save or done % 10 == 0:  # not at every step: reading a number makes a GPU wait
-            if not losses[: done].isfinite().all():
-                bad = (~losses[: done].isfinite()).nonzero()[0].item() + 1
-                raise FloatingPointError(f"the loss is not finite at step {bad}; try a smaller --muon_lr or --adam_lr")
-            seconds = time.perf_counter() - start
-            show_progress(config, done, losses[max(done - 50, 0) : done].mean().item(), seconds / done)
-        if save:
-            state = dict(identity=identity(config), done=done, seconds=seconds, losses=losses, model=model.state_dict(),
-                         optimizers=[o.state_dict() for o in optimizers], generator=generator.get_state())
-            save_atomically(functools.partial(torch.save, state), path)
-    model.training_seconds, model.losses = seconds, losses.cpu()
-    return model.requires_grad_(False)
+    xs, ys = training_prompts(config, step, generator)
+    loss = (model(xs, ys) - ys).square().mean()
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizers[0].param_groups[0]["params"], 1.0)  # AdamW's; Muon's updates have one size
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * learning_rate_factor(step, config.steps)
+        optimizer.step()
+    model.zero_grad()
+    return loss.detach()
 
 
 # %% [markdown]
@@ -580,7 +489,7 @@ def fresh_prompts(config, count, seed):
 
 @torch.no_grad()
 def probe_features(model, xs, ys, chunk=512):
-    """States of all layers with a constant 1 beside them, in chunks of prompts: (layers+1, chunk, n+1, width+1)."""
+    """Yield, chunk by chunk of prompts, all layers' states and a constant 1: (layers+1, chunk, n+1, width+1)."""
     device = next(model.parameters()).device
     for x, y in zip(xs.split(chunk), ys.split(chunk)):
         yield F.pad(model.states(x.to(device), y.to(device)).double().cpu(), (0, 1), value=1.0)
@@ -660,23 +569,27 @@ def squared_error(trajectory, ys, d):
 
 
 def bootstrap(values, rounds=1000):
-    """Means over prompts of (..., prompts), for `rounds` resamples of the prompts: (rounds, ...)."""
+    """Means over prompts of (..., prompts), for `rounds` resamples of the prompts: (rounds, ...).
+
+    Every call draws the same resamples, so that the difference of two learners' bootstraps is a paired comparison.
+    """
     prompts = values.shape[-1]
     drawn = torch.randint(prompts, (rounds, prompts), generator=torch.Generator().manual_seed(0))
-    counts = torch.zeros(rounds, prompts, dtype=values.dtype).scatter_add_(1, drawn, torch.ones_like(drawn).to(values))
+    counts = torch.stack([row.bincount(minlength=prompts) for row in drawn]).to(values)  # how often each was drawn
     return torch.einsum("rp,...p->r...", counts / prompts, values)
 
 
-def interval(samples):
+def interval(samples, interpolation="linear"):
     """The middle 95% of bootstrap samples (rounds, ...): (2, ...)."""
-    return torch.quantile(samples.double(), torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return torch.quantile(samples.double(), ends, dim=0, interpolation=interpolation)
 
 
 def line_fit(x, y):
     """Least-squares line through (x, y) along the last axis: slope, intercept and R^2, each (...)."""
     dx, dy = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
-    slope = (dx * dy).sum(-1) / dx.square().sum(-1)
-    r2 = (slope * (dx * dy).sum(-1) / dy.square().sum(-1).clamp_min(TINY))
+    slope = (dx * dy).sum(-1) / dx.square().sum(-1).clamp_min(TINY)
+    r2 = slope * (dx * dy).sum(-1) / dy.square().sum(-1).clamp_min(TINY)
     return slope, y.mean(-1) - slope * x.mean(-1), r2
 
 
@@ -688,7 +601,7 @@ def line_fit(x, y):
 # %%
 NEWTON_STEPS = list(range(33))  # float64 is safe for about 40
 GD_STEPS = sorted({round(2 ** (k / 2)) for k in range(33)})  # 1, 2, 3, 4, 6, 8, 11, 16, ..., 65536
-FIRST_LAYER = 3  # rates are fitted from here on: layers 1 and 2 only bring each y to its x, in the paper too
+FIRST_LAYER = 3  # rates are fitted from here on: layers 1 and 2 hardly change the error, in the paper too
 
 
 @dataclasses.dataclass
@@ -699,14 +612,19 @@ class Match:
     similarity: torch.Tensor  # (L, K)
     best: torch.Tensor  # (L,) best-matching step counts
     best_interval: torch.Tensor  # (2, L)
+    first: int  # the line goes through best (or its log2) from this layer on
     slope: float  # steps per layer, or doublings per layer
     intercept: float
     slope_interval: list
     r2: float
 
+    @property
+    def is_line(self):
+        """Whether the matches climb on a line: R^2 at least .95, slope above 0, from 3 layers at least."""
+        return self.r2 >= 0.95 and self.slope_interval[0] > 0 and len(self.best) - self.first >= 2
+
     def numbers(self):
-        return {"best": self.best.tolist(), "best_interval": self.best_interval.tolist(), "slope": self.slope,
-                "slope_interval": self.slope_interval, "r2": self.r2}
+        return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
 
 
 def match_layers(layers, trajectory, counts, ys, log2=False, measure=error_cosines):
@@ -718,83 +636,73 @@ def match_layers(layers, trajectory, counts, ys, log2=False, measure=error_cosin
     counts = torch.as_tensor(counts, dtype=torch.float64)
     similarity = measure(layers[1:], trajectory, ys)  # (L, K, prompts)
     best, resampled = counts[best_match(similarity.mean(-1))], counts[best_match(bootstrap(similarity))]
-    first = min(FIRST_LAYER, len(best) - 1)
-    numbers = torch.arange(first, len(best) + 1, dtype=torch.float64)
+    first = max(min(FIRST_LAYER, len(best) - 1), 1)  # a line needs two layers, where there are two
 
     def fit(steps):
-        return line_fit(numbers, steps[..., first - 1 :].log2() if log2 else steps[..., first - 1 :])
+        steps = steps[..., first - 1 :]
+        return line_fit(torch.arange(first, len(best) + 1.0, dtype=torch.float64), steps.log2() if log2 else steps)
 
     slope, intercept, r2 = (value.item() for value in fit(best))
     slope_interval = interval(fit(resampled)[0]).tolist()
-    return Match(counts, similarity.mean(-1), best, interval(resampled), slope, intercept, slope_interval, r2)
-
-
-def timed(stage):
-    """A property that is computed once, its seconds counted under the name of a stage."""
-
-    def decorate(compute):
-        def compute_and_time(self):
-            with self.clock(stage):
-                return compute(self)
-
-        return functools.cached_property(compute_and_time)
-
-    return decorate
+    best_interval = interval(resampled, interpolation="nearest")  # no steps that nobody took
+    return Match(counts, similarity.mean(-1), best, best_interval, first, slope, intercept, slope_interval, r2)
 
 
 class Study:
-    """A configuration's model, its test prompts and the trajectories of all learners on them."""
+    """A configuration's model, its test prompts and the trajectories of all learners on them. What `recipes` lists is
+    computed when first asked for, and its seconds are counted under the name of a stage."""
+
+    recipes = {  # attribute: (stage, how it is computed)
+        "model": ("training", lambda s: train(s.config)),
+        "readouts": ("probing", lambda s: fit_readouts(s.model, *fresh_prompts(s.config, s.config.probes, seed=1))),
+        "prompts": ("solvers", lambda s: fresh_prompts(s.config, s.config.prompts, seed=2)),
+        "layers": ("probing", lambda s: s.learner(*s.prompts)),
+        "newton": ("solvers", lambda s: newton(*s.prompts, NEWTON_STEPS, ridge=s.ridge)),
+        "gd": ("solvers", lambda s: gradient_descent(*s.prompts, GD_STEPS, ridge=s.ridge)),
+        "ols": ("solvers", lambda s: ols(*s.prompts, ridge=s.ridge)),
+        "newton_match": ("matching", lambda s: match_layers(s.layers, s.newton, NEWTON_STEPS, s.prompts[1])),
+        "gd_match": ("matching", lambda s: match_layers(s.layers, s.gd, GD_STEPS, s.prompts[1], log2=True)),
+        "induced": ("induced weights", lambda s: {name: induced_weights(learner, *s.few_prompts)
+                                                  for name, learner in s.learners.items()}),
+    }
 
     def __init__(self, config, clock):
         self.config, self.clock = config, clock
         self.ridge = config.noise**2  # under noise the best linear predictor is ridge regression with lambda = noise^2
 
-    @timed("training")
-    def model(self):
-        return train(self.config)
+    def __getattr__(self, name):  # Python calls this for an attribute that is not there yet
+        if name not in self.recipes:
+            raise AttributeError(name)
+        stage, compute = self.recipes[name]
+        with self.clock(stage):
+            value = self.__dict__[name] = compute(self)
+        return value
 
-    @timed("probing")
-    def learner(self):
-        """The network as a learner: a function (xs, ys) -> trajectory of its layers."""
-        readouts = fit_readouts(self.model, *fresh_prompts(self.config, self.config.probes, seed=1))
-        return functools.partial(layer_predictions, self.model, readouts=readouts)
+    def learner(self, xs, ys):
+        """The network as a learner: (xs, ys) -> the trajectory of its layers."""
+        return layer_predictions(self.model, xs, ys, self.readouts)
 
-    @timed("solvers")
-    def prompts(self):
-        return fresh_prompts(self.config, self.config.prompts, seed=2)
+    @property
+    def learners(self):
+        """The network, Newton and GD as functions (xs, ys) -> trajectory."""
+        return {"Transformer": self.learner, "Newton": functools.partial(newton, steps=NEWTON_STEPS, ridge=self.ridge),
+                "GD": functools.partial(gradient_descent, steps=GD_STEPS, ridge=self.ridge)}
 
-    @timed("probing")
-    def layers(self):
-        return self.learner(*self.prompts)
-
-    @timed("solvers")
-    def newton(self):
-        return newton(*self.prompts, NEWTON_STEPS, ridge=self.ridge)
-
-    @timed("solvers")
-    def gd(self):
-        return gradient_descent(*self.prompts, GD_STEPS, ridge=self.ridge)
-
-    @timed("solvers")
-    def ols(self):
-        return ols(*self.prompts, ridge=self.ridge)
-
-    @timed("matching")
-    def newton_match(self):
-        return match_layers(self.layers, self.newton, NEWTON_STEPS, self.prompts[1])
-
-    @timed("matching")
-    def gd_match(self):
-        return match_layers(self.layers, self.gd, GD_STEPS, self.prompts[1], log2=True)
-
-    @functools.cache
-    def variant(self, **changes):
-        """The study of a configuration with some settings changed; the same changes give the same study."""
-        return Study(dataclasses.replace(self.config, **changes), self.clock)
+    @property
+    def few_prompts(self):
+        """The first of the test prompts: as many as induced weights, which ask each of them 4d (n+1) times, allow."""
+        few = max(8, 15_000 // (4 * self.config.d * (self.config.n + 1)))
+        return [z[:few] for z in self.prompts]
 
     def error(self, trajectory):
         """Squared error over d of a trajectory on the test prompts: (steps, n+1)."""
         return squared_error(trajectory, self.prompts[1], self.config.d)
+
+    @functools.cache
+    def variant(self, **changes):
+        """The study of a configuration with some settings changed; the same changes give the same study."""
+        config = dataclasses.replace(self.config, **changes)
+        return self if config == self.config else Study(config, self.clock)
 
 
 # %% [markdown]
@@ -854,7 +762,7 @@ def solvers(study):
     picture, axes = plt.subplots(1, 2, figsize=(8.5, 3.6), sharey=True)
     numbers = {"gd_steps": GD_STEPS, "newton_steps": NEWTON_STEPS}
     for ax, kappa in zip(axes, (1.0, 100.0)):
-        xs, ys = fresh_prompts(dataclasses.replace(study.config, kappa=kappa if d > 1 else 1.0), 512, seed=3)
+        xs, ys = fresh_prompts(dataclasses.replace(study.config, kappa=kappa), 512, seed=3)
         for name, steps, solver in (("GD", GD_STEPS, gradient_descent), ("Newton", NEWTON_STEPS, newton)):
             error = squared_error(solver(xs, ys, steps, ridge=study.ridge), ys, d)[:, n]
             numbers[f"{name}_error_kappa_{kappa:g}"] = error.tolist()
@@ -864,7 +772,9 @@ def solvers(study):
         ax.set(title=f"condition number of the data {kappa:g}", xlabel="steps (log scale)")
     axes[0].set_ylabel(f"squared error / d after {n} examples")
     axes[1].legend(loc="lower left", bbox_to_anchor=(0, 0.1))
-    picture.suptitle("Newton needs a few dozen steps where gradient descent needs thousands")
+    needed = [min((k for k, e in zip(numbers[f"{name.lower()}_steps"], numbers[f"{name}_error_kappa_100"]) if e < 1e-6),
+                  default="more") for name in ("Newton", "GD")]
+    picture.suptitle(f"Steps to an error of 1e-6 at condition number 100: Newton {needed[0]}, GD {needed[1]}")
     return picture, numbers, []
 
 
@@ -886,22 +796,22 @@ def convergence(study):
     axes[0].set_ylabel("squared error / d")
     axes[2].set_xscale("log")
     axes[0].legend(title="after t examples", loc="lower left")
-    picture.suptitle("Error by layer and by step: the Transformer and Newton on linear axes, GD on a logarithmic one")
+    picture.suptitle("Error by layer and by step: Transformer and Newton on linear axes, GD on a logarithmic one")
 
     # Superlinear convergence gains more digits per layer in the later half of the layers than in the earlier half.
-    first, end = FIRST_LAYER - 1, L
-    middle = (first + end) / 2
-    chosen = [first, math.floor(middle), math.ceil(middle), end]
-    squares = (study.layers[chosen, :, n] - study.prompts[1][:, n]).square()  # (4, prompts)
+    first = min(FIRST_LAYER, L) - 1
+    half = (L - first) / 2
+    squares = (study.layers[:, :, n] - study.prompts[1][:, n]).square()  # (layers+1, prompts)
 
-    def later_minus_earlier(error):  # in digits per layer
-        start, below, above, last = error.log10().unbind(-1)
-        return (below + above - start - last) / ((end - first) / 2)
+    def later_minus_earlier(error):  # (..., layers+1), in digits per layer
+        digits = -error.log10()
+        middle = digits[..., [math.floor(first + half), math.ceil(first + half)]].mean(-1)
+        return (digits[..., L] - 2 * middle + digits[..., first]) / half
 
     value, gain = later_minus_earlier(squares.mean(-1)).item(), interval(later_minus_earlier(bootstrap(squares)))
-    falls = (study.error(study.layers)[FIRST_LAYER - 1 :, n].diff() < 0).tolist()
+    falls = (squares.mean(-1)[first:].diff() < 0).tolist()
     return picture, numbers, [
-        Claim("fig. 2", f"the error after {n} examples falls at every layer from layer {FIRST_LAYER} on", "falls",
+        Claim("fig. 2", f"the error after {n} examples falls at every layer from layer {first + 1} on", "falls",
               f"at {sum(falls)} of {len(falls)} layers", sum(falls) / len(falls), all(falls)),
         Claim("fig. 2", "it falls superlinearly: more digits per layer in the later half of them", "superlinear",
               f"{value:+.2f} digits per layer {brackets(gain)}", value, gain[0].item() > 0),
@@ -913,10 +823,9 @@ def plot_similarity(ax, similarity, counts, best, best_interval, ylabel):
     L, K = similarity.shape
     extent = (0.5, L + 0.5, -0.5, K - 0.5)
     image = ax.imshow(similarity.T, origin="lower", aspect="auto", vmin=0.5, vmax=1, extent=extent)
-    rows = [torch.searchsorted(torch.as_tensor(counts).double(), x.contiguous()) for x in (best, *best_interval)]
-    for layer, (middle, low, high) in enumerate(zip(*rows), start=1):
-        ax.plot([layer, layer], [low, high], color="white", linewidth=3, alpha=0.7, solid_capstyle="round")
-        ax.plot(layer, middle, "o", color=VERMILLION, markeredgecolor="white", markersize=7)
+    middle, low, high = (torch.searchsorted(torch.as_tensor(counts).double(), x) for x in (best, *best_interval))
+    ax.vlines(range(1, L + 1), low, high, color="white", linewidth=3, alpha=0.7)
+    ax.plot(range(1, L + 1), middle, "o", color=VERMILLION, markeredgecolor="white", markersize=7)
     ax.set(xticks=range(1, L + 1), yticks=range(0, K, 4), yticklabels=[int(counts[i]) for i in range(0, K, 4)],
            xlabel="layer", ylabel=ylabel)
     ax.grid(False)
@@ -933,16 +842,16 @@ def heatmaps(study):
         image = plot_similarity(ax, match.similarity, match.counts, match.best, match.best_interval, label)
         numbers[name] = {"steps": match.counts.tolist(), "similarity": match.similarity.tolist()}
     picture.colorbar(image, ax=axes, label="similarity of errors", shrink=0.9)
-    picture.suptitle("Which step is each layer most like? Best matches (dots), and what other prompts would say (bars)")
+    picture.suptitle("Which step is a layer most like? Best matches (dots); what other prompts would say (bars)")
 
     last = {name: error_cosines(study.layers[-1:], trajectory, study.prompts[1])[0]  # (steps, prompts)
             for name, trajectory in (("OLS", study.ols), ("Newton", study.newton), ("GD", study.gd))}
     best = {name: cosines.mean(-1).max().item() for name, cosines in last.items()}
     lead = interval(bootstrap(last["Newton"]).amax(-1) - bootstrap(last["GD"]).amax(-1)).tolist()
     return picture, numbers | {"last_layer": best}, [
-        Claim("table 1", "the last layer makes the errors of Newton's limit, least squares: SimE at least .98", ".991",
-              f"{best['OLS']:.3f} {brackets(interval(bootstrap(last['OLS']))[:, 0], 3)}", best["OLS"],
-              best["OLS"] >= 0.98),
+        Claim("table 1", "the last layer makes the errors of Newton's limit, least squares: SimE at least .98",
+              ".991 (to Newton)", f"{best['OLS']:.3f} {brackets(interval(bootstrap(last['OLS']))[:, 0], 3)}",
+              best["OLS"], best["OLS"] >= 0.98),
         Claim("table 1", "it resembles Newton more than GD, each at its best step: interval of the difference above 0",
               ".991 vs .957", f"{best['Newton']:.4f} vs {best['GD']:.4f}, difference {brackets(lead, 4)}",
               best["Newton"] - best["GD"], lead[0] > 0),
@@ -961,12 +870,13 @@ def rates(study):
     numbers, claims = {}, []
     for ax, (name, match, unit, law, source, paper_fit) in zip(axes, (
         ("Newton", study.newton_match, "steps", "linearly with the layer", "fig. 3, 8", "2.93, R^2 .995"),
-        ("GD", study.gd_match, "doublings", "exponentially (log2 is linear)", "fig. 3, 10", "1.42, R^2 .993"),
+        ("GD", study.gd_match, "doublings", "exponentially (log2 is linear)", "fig. 3, 10",
+         "1.42 (fixed step size), R^2 .993"),
     )):
         layers = torch.arange(1, len(match.best) + 1)
-        line = match.intercept + match.slope * layers[FIRST_LAYER - 1 :]
+        line = match.intercept + match.slope * layers[match.first - 1 :]
         ax.plot(range(1, 13), PAPER[name], "s--", color=COLOR["paper"], linewidth=1, label="Fu: d = 20, 12 layers")
-        ax.plot(layers[FIRST_LAYER - 1 :], line if name == "Newton" else 2**line, color=COLOR[name], alpha=0.4,
+        ax.plot(layers[match.first - 1 :], line if name == "Newton" else 2**line, color=COLOR[name], alpha=0.4,
                 label=f"{match.slope:.2f} {unit} per layer {brackets(match.slope_interval)}")
         ax.errorbar(layers, match.best, (match.best_interval - match.best).abs(), fmt="o", color=COLOR[name], capsize=3,
                     label="best match, 95% over prompts")
@@ -976,9 +886,10 @@ def rates(study):
         numbers[name] = match.numbers() | {"paper": PAPER[name]}
         claims.append(Claim(source, f"best-matching {name} steps grow {law}: R^2 at least .95, slope above 0",
                             paper_fit, f"{match.slope:.2f} {brackets(match.slope_interval)}, R^2 {match.r2:.3f}",
-                            match.slope, match.r2 >= 0.95 and match.slope_interval[0] > 0))
+                            match.slope, match.is_line))
     axes[1].set_yscale("log", base=2)
-    picture.suptitle("What one layer is worth: a few more steps of Newton, but several times more steps of GD")
+    plus, times = study.newton_match.slope, 2**study.gd_match.slope
+    picture.suptitle(f"Each layer adds {plus:.1f} steps of Newton, but multiplies the steps of GD by {times:.1f}")
     return picture, numbers, claims
 
 
@@ -998,7 +909,7 @@ def progression(study):
         ax.set(xlabel="examples in the prompt, t", title=title, ylim=(FLOOR, 3), xticks=t[:: max(len(t) // 10, 1)])
         ax.legend(fontsize=7, ncols=2, loc="lower left")
     axes[0].set_ylabel("squared error / d")
-    picture.suptitle("Layers and their Newton steps agree until the network's precision, about 1%, is reached")
+    picture.suptitle("Error by number of examples: each layer, and the Newton step it resembles most")
     numbers = {"layers": layers.tolist(), "newton": steps.tolist(), "ols": least.tolist(), "best_newton_steps": best}
     return picture, numbers, []
 
@@ -1132,8 +1043,8 @@ def induced_weights(learner, xs, ys, queries=None, chunk=16):
 
 def similarity_of_weights(weights_a, weights_b):
     """SimW, the mean cosine over prompts and prefixes t = 1..n of induced weights: (len_a, len_b) (Fu, section 4.1)."""
-    a, b = (F.normalize(w[:, :, 1:], dim=-1) for w in (weights_a, weights_b))
-    return torch.einsum("aptd,bptd->ab", a, b) / a[0, :, :, 0].numel()
+    a, b = (F.normalize(w[:, :, 1:], dim=-1).flatten(1, 2) for w in (weights_a, weights_b))
+    return torch.einsum("asd,bsd->ab", a, b) / a.shape[1]
 
 
 def spectral_filter(weights, xs, ys, edges, prefixes=None, ridge=0.0):
@@ -1145,18 +1056,13 @@ def spectral_filter(weights, xs, ys, edges, prefixes=None, ridge=0.0):
     """
     prefixes = range(1, xs.shape[1]) if prefixes is None else prefixes
     S, b = (z[:, prefixes] for z in prefix_moments(xs, ys, ridge))
-    weights = weights[:, :, prefixes]
     eigenvalues, U = torch.linalg.eigh(S)
-    found = (weights[..., None, :] @ U).squeeze(-2)  # (steps, prompts, n+1, d) in the eigenbasis
-    target = (b[..., None, :] @ U).squeeze(-2) / eigenvalues.clamp_min(TINY)
-    bins = (torch.bucketize(eigenvalues, edges.double()) - 1).flatten()
-    inside = (bins >= 0) & (bins < len(edges) - 1)
-
-    def total(values):  # (steps, ...) -> (steps, bins)
-        values = values.flatten(1)[:, inside]
-        return values.new_zeros(len(values), len(edges) - 1).index_add_(1, bins[inside], values)
-
-    return total(found * target) / total(target.square()[None]).clamp_min(TINY)
+    found = (weights[:, :, prefixes, None] @ U).squeeze(-2)  # (steps, prompts, prefixes, d) in the eigenbasis
+    spanned = eigenvalues > RANK_TOLERANCE * eigenvalues[..., -1:]
+    target = torch.where(spanned, (b[..., None, :] @ U).squeeze(-2) / eigenvalues, 0.0)
+    bins = torch.bucketize(eigenvalues, edges.double()) - 1
+    return torch.stack([(found * target)[:, bins == i].sum(1) / target[bins == i].square().sum().clamp_min(TINY)
+                        for i in range(len(edges) - 1)], dim=1)
 
 
 # %% [markdown]
@@ -1164,18 +1070,19 @@ def spectral_filter(weights, xs, ys, edges, prefixes=None, ridge=0.0):
 
 
 # %%
-@figure
-def convergence_ill(study):
-    """Fu, figure 15: convergence on prompts with condition number 100, by a second model trained on such prompts."""
-    picture, numbers, _ = convergence(study.variant(kappa=100.0))
-    return picture, numbers, []
+def ill_conditioned(name):
+    """Register a figure of Part I once more, for prompts with condition number 100 and a model trained on such."""
+
+    def draw(study):
+        picture, numbers, _ = FIGURES[name](study.variant(kappa=100.0))
+        picture.suptitle("Condition number 100. " + picture.get_suptitle())
+        return picture, numbers, []
+
+    FIGURES[f"{name}_ill"] = draw
 
 
-@figure
-def heatmaps_ill(study):
-    """Fu, figure 16: similarity of errors on ill-conditioned prompts."""
-    picture, numbers, _ = heatmaps(study.variant(kappa=100.0))
-    return picture, numbers, []
+for name in ("convergence", "heatmaps", "rates"):  # Fu, figures 4 and 15 to 17
+    ill_conditioned(name)
 
 
 def steps_to_equal(study):
@@ -1189,17 +1096,27 @@ def steps_to_equal(study):
 
 
 @figure
-def rates_ill(study):
-    """Fu, figures 4 and 17: best-matching steps on ill-conditioned prompts, against the isotropic model's."""
-    ill = study.variant(kappa=100.0)
-    picture, numbers, _ = rates(ill)
-    (k, g), (k_ill, g_ill) = ([match.best[-1].item() for match in (s.newton_match, s.gd_match)] for s in (study, ill))
-    (newton_1, gd_1), (newton_100, gd_100) = steps_to_equal(study), steps_to_equal(ill)
-    bounds = brackets(ill.gd_match.best_interval[:, -1], 0)
-    numbers |= {"steps_to_equal": {"isotropic": [newton_1, gd_1], "ill-conditioned": [newton_100, gd_100]}}
+def conditioning(study):
+    """Fu, figures 4, 16: what the condition number costs in steps, by similarity and by error."""
+    easy, hard = study.variant(kappa=1.0), study.variant(kappa=100.0)
+    picture, axes = plt.subplots(1, 2, figsize=(9, 3.8))
+    (k, g), (k_ill, g_ill) = ([m.best[-1].item() for m in (s.newton_match, s.gd_match)] for s in (easy, hard))
+    (newton_1, gd_1), (newton_100, gd_100) = steps_to_equal(easy), steps_to_equal(hard)
+    for ax, name, color in zip(axes, ("Newton", "GD"), (BLUE, GREEN)):
+        for s, look in ((easy, "o-"), (hard, "s--")):
+            match = s.newton_match if name == "Newton" else s.gd_match
+            ax.errorbar(range(1, len(match.best) + 1), match.best, (match.best_interval - match.best).abs(), fmt=look,
+                        color=color, capsize=3, label=f"condition number {s.config.kappa:g}")
+        ax.set(xlabel="layer", ylabel=f"best-matching step of {name}")
+        ax.legend()
+    axes[1].set_yscale("log", base=2)
+    picture.suptitle(f"Condition number 100 against 1, last layer: Newton {k_ill:.0f} against {k:.0f} steps, "
+                     f"GD {g_ill:.0f} against {g:.0f}")
+    bounds = brackets(hard.gd_match.best_interval[:, -1], 0)
+    numbers = {"steps_to_equal": {"isotropic": [newton_1, gd_1], "ill-conditioned": [newton_100, gd_100]}}
     return picture, numbers, [
         Claim("fig. 4", "ill-conditioned: the last layer matches at most 1.5 times as many Newton steps as isotropic",
-              "21 vs 21", f"{k_ill:.0f} vs {k:.0f}", k_ill / k if k else math.inf, k_ill <= 1.5 * k),
+              "21 vs 21", f"{k_ill:.0f} vs {k:.0f}", k_ill / max(k, 1), k_ill <= 1.5 * k),
         Claim("fig. 4, 16", "ill-conditioned: it matches at least 4 times as many GD steps as isotropic", "> 2,000",
               f"{g_ill:.0f} {bounds} vs {g:.0f}", g_ill / g, g_ill >= 4 * g),
         Claim("open", f"steps to the last layer's error after {study.config.n} examples, ill-conditioned against "
@@ -1222,7 +1139,8 @@ def lstm(study):
     """Fu, figures 5 and 7c, table 1: an LSTM's layers do not improve; it resembles online GD, and it forgets."""
     (xs, ys), n = study.prompts, study.config.n
     # Two layers: deeper ones do not get off the ground in the same number of steps.
-    networks = {"Transformer": study, "LSTM": study.variant(model="lstm", layers=2, batch=64, adam_lr=0.008)}
+    networks = {"Transformer": study.variant(model="transformer"),
+                "LSTM": study.variant(model="lstm", layers=2, batch=64, adam_lr=0.008)}
     online = online_gradient_descent(xs, ys)
     learners = {name: s.learner for name, s in networks.items()} | {"OGD": online_gradient_descent}
     error = {name: s.error(s.layers)[1:, n].tolist() for name, s in networks.items()}
@@ -1242,13 +1160,14 @@ def lstm(study):
     axes[2].set(title="asked again about an old example", xlabel="examples ago", ylabel="squared error / d")
     for ax in axes[::2]:
         ax.legend()
-    picture.suptitle("An LSTM stays far from the answer, at every layer and even on examples that it has just seen")
+    ends = ", ".join(f"{name} {error[name][-1]:.2g}" for name in networks)
+    picture.suptitle(f"Does an LSTM do what a Transformer does? Last layer's error / d: {ends}")
     recurrent, attentive = similarity["LSTM"], similarity["Transformer"]
     gain, lead = error["LSTM"][0] / error["LSTM"][-1], recurrent["OGD"] - max(recurrent["Newton"], recurrent["GD"])
     numbers = {"error": error, "similarity": similarity, "forgetting": {k: v.tolist() for k, v in forgotten.items()}}
     return picture, numbers, [
-        Claim("fig. 7c", "an LSTM's layers do not improve: the last's error is above a quarter of the first's", "plot",
-              f"{error['LSTM'][0]:.2f} -> {error['LSTM'][-1]:.2f}", gain, gain < 4),
+        Claim("fig. 7c", "an LSTM's layers do not improve: the second's error is above a quarter of the first's",
+              "plot", f"{error['LSTM'][0]:.2f} -> {error['LSTM'][-1]:.2f}", gain, gain < 4),
         Claim("table 1", "an LSTM resembles OGD more than Newton or GD", ".954 vs .920, .916",
               f"{recurrent['OGD']:.3f} vs {recurrent['Newton']:.3f}, {recurrent['GD']:.3f}", lead, lead > 0),
         Claim("table 1", "a Transformer resembles Newton more than OGD", ".991 vs .806",
@@ -1257,32 +1176,18 @@ def lstm(study):
     ]
 
 
-@functools.cache
-def study_weights(study):
-    """Induced weights and R^2 of the network's layers, Newton and GD: name -> (weights, r2), and the few prompts."""
-    config = study.config
-    few = min(config.prompts, max(8, 15_000 // (4 * config.d * (config.n + 1))))
-    xs, ys = (z[:few] for z in study.prompts)
-    learners = {"Transformer": study.learner,
-                "Newton": functools.partial(newton, steps=NEWTON_STEPS, ridge=study.ridge),
-                "GD": functools.partial(gradient_descent, steps=GD_STEPS, ridge=study.ridge)}
-    with study.clock("induced weights"):
-        return {name: induced_weights(learner, xs, ys) for name, learner in learners.items()}, (xs, ys)
-
-
 @figure
 def weights(study):
     """Fu, figures 9, 13 and 27: similarity of induced weights; are answers linear in the query; the span test."""
-    induced, (xs, ys) = study_weights(study)
+    induced, (xs, ys) = study.induced, study.few_prompts
     (layers, r2), L, d, n = induced["Transformer"], study.config.layers, study.config.d, study.config.n
     similarity = similarity_of_weights(layers, induced["Newton"][0])[1:]
-    best = best_match(similarity).double()
-    rows = torch.arange(min(FIRST_LAYER, L - 1), L + 1)
+    best, rows = best_match(similarity).double(), torch.arange(max(min(FIRST_LAYER, L - 1), 1), L + 1)
     slope, _, line_r2 = (value.item() for value in line_fit(rows.double(), best[rows - 1]))
     S, _ = prefix_moments(xs, ys)
     outside = torch.eye(d) - torch.linalg.pinv(S, hermitian=True, rtol=RANK_TOLERANCE) @ S  # projects off the span
-    strayed = torch.einsum("ptij,kptj->kpti", outside, layers).square().mean((1, 3))  # (layers+1, n+1)
-    linear, off_span = r2[:, 1:].mean(-1), strayed[-1, 1:d].mean().item()
+    strayed = torch.einsum("ptij,kptj->kpti", outside, layers).square().mean((1, 3))[:, 1:d]  # (layers+1, t = 1..d-1)
+    linear, off_span = r2[:, 1:].mean(-1), strayed[-1].mean().item()
 
     picture, axes = plt.subplots(1, 3, figsize=(11, 3.6))
     image = plot_similarity(axes[0], similarity, NEWTON_STEPS, best, (best, best), "steps of Newton")
@@ -1290,19 +1195,19 @@ def weights(study):
     axes[0].set_title("similarity of induced weights")
     for layer, color in zip(rows.tolist(), shades(len(rows))):
         axes[1].plot(range(1, n + 1), r2[layer, 1:], "o-", color=color, label=f"layer {layer}")
-        axes[2].semilogy(range(1, d), strayed[layer, 1:d], "o-", color=color)
+        axes[2].semilogy(range(1, strayed.shape[1] + 1), strayed[layer], "o-", color=color)
     axes[1].set(title="is the answer linear in the query?", xlabel="examples in the prompt, t", ylabel="R$^2$")
     axes[1].legend()
     axes[2].set(title="how far do weights leave the span?", xlabel="examples in the prompt, t < d",
                 ylabel="squared length off the span / d")
-    picture.suptitle("Behind the answers stands a linear rule w, and w climbs Newton's steps too")
+    picture.suptitle(f"Behind the answers a linear rule (R$^2$ {linear[-1]:.3f}) climbs {slope:.1f} Newton steps per layer")
     numbers = {"similarity": similarity.tolist(), "best_newton_steps": best.tolist(), "slope": slope, "r2": line_r2,
                "linear_in_query_r2": r2.tolist(), "off_span": strayed.tolist()}
     return picture, numbers, [
         Claim("fig. 9", "the same trend with similarity of weights: linear in the layer with R^2 at least .95", "plot",
-              f"{slope:.2f} steps per layer, R^2 {line_r2:.3f}", slope, line_r2 >= 0.95),
+              f"{slope:.2f} steps per layer, R^2 {line_r2:.3f}", slope, line_r2 >= 0.95 and slope > 0),
         Claim("fig. 27", "for t < d the last layer's weights lie in the examples' span: mean square off it < 1e-3",
-              "MSE < 1.2e-4", f"{off_span:.1e}", off_span, off_span < 1e-3),
+              "MSE < 1.2e-4", f"{off_span:.1e}", off_span, off_span < 1e-3 if d > 1 else None),
         Claim("open", f"is the answer linear in the query? R^2 of layers {rows[0]} to {L}", "not asked",
               " ".join(f"{x:.3f}" for x in linear[rows]), linear[-1].item(), None),
     ]
@@ -1311,10 +1216,10 @@ def weights(study):
 @figure
 def filters(study):
     """New: how much of each eigendirection of S each layer has recovered, beside Newton's and GD's steps."""
-    induced, (xs, ys) = study_weights(study)
+    induced, (xs, ys) = study.induced, study.few_prompts
     layers = list(range(min(FIRST_LAYER, study.config.layers), study.config.layers + 1))
-    lengths = range(study.config.d, study.config.n + 1)  # the prefixes that determine w
-    spectrum = torch.linalg.eigvalsh(prefix_moments(xs, ys)[0][:, lengths])
+    lengths = range(min(study.config.d, study.config.n), study.config.n + 1)  # prefixes that determine w, if any does
+    spectrum = torch.linalg.eigvalsh(prefix_moments(xs, ys, study.ridge)[0][:, lengths])
     edges = torch.quantile(spectrum.clamp_min(0), torch.linspace(0.02, 1, 11, dtype=torch.float64))  # as many in each
     numbers = {"eigenvalue_edges": edges.tolist()}
     panels = [("Transformer", "layer", layers, layers)]
@@ -1395,7 +1300,7 @@ def worth(study):
     ax.set_yscale("log", base=2)
     ax.legend()
     reached.set(xlabel="layer", ylabel="similarity of errors at the best step", title="how well it matches")
-    picture.suptitle("Whatever its step size or start, GD needs several times more steps per layer; Newton a few more")
+    picture.suptitle("Does the rate depend on GD's step size, start or momentum? Steps that match a layer")
     return picture, numbers, claims
 
 
@@ -1446,6 +1351,7 @@ def paper_tables(study):
 def sweep(study, field, values):
     """One model for each value of a setting: the error by layer, and the last layer's."""
     n, last = study.config.n, {}
+    values = [v for v in values if v <= getattr(study.config, field)] or [getattr(study.config, field)]
     picture, (ax, end) = plt.subplots(1, 2, figsize=(9, 3.8))
     for value, color in zip(values, shades(len(values))):
         s = study.variant(**{field: value})
@@ -1457,20 +1363,20 @@ def sweep(study, field, values):
     end.set(xlabel=field, ylabel="the same, last layer", xticks=values, xticklabels=values)
     end.minorticks_off()
     ax.legend()
-    picture.suptitle(f"What does the {field} of the network buy?")
+    picture.suptitle(f"What does {'depth' if field == 'layers' else field} buy?")
     return picture, {"last_layer_error": last}, []
 
 
 @figure
 def width_sweep(study):
     """Fu, figure 6: models of several widths. On demand."""
-    return sweep(study, "width", [w for w in (8, 16, 32, 64) if w <= study.config.width])
+    return sweep(study, "width", [w for w in (8, 16, 32, 64, 128) if w % study.config.heads == 0])
 
 
 @figure
 def depth_sweep(study):
     """Models of several depths. On demand."""
-    return sweep(study, "layers", [l for l in (2, 4, 6, 8) if l <= study.config.layers])
+    return sweep(study, "layers", (2, 4, 6, 8))
 
 
 ON_DEMAND |= {"paper_tables", "width_sweep", "depth_sweep"}
@@ -1607,7 +1513,7 @@ def by_hand(study):
     axes[0].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.1), handlelength=1.5)
 
     for kappa, color in ((1.0, VERMILLION), (100.0, "black")):
-        xs, ys = fresh_prompts(dataclasses.replace(study.config, kappa=kappa if d > 1 else 1.0), count, seed=4)
+        xs, ys = fresh_prompts(dataclasses.replace(study.config, kappa=kappa), count, seed=4)
         S, _ = prefix_moments(xs, ys)
         target = newton(xs, ys, ks, 1 / torch.linalg.matrix_norm(S @ S).max())
         for printed in (True, False):
@@ -1785,7 +1691,8 @@ def preconditioners(study):
         small[l].set_title(f"A$_{l + 1}$")
         small[l + 3].set_title(f"Σ$^{{½}}$A$_{l + 1}$Σ$^{{½}}$ ≈ {multiple:.2f} I")
     lower.colorbar(image, ax=small, label="entry / largest", shrink=0.8, pad=0.01)
-    picture.suptitle("Linear attention learns gradient descent, and to precondition it by the inverse covariance")
+    picture.suptitle(f"Linear attention learns preconditioned GD: within {100 * apart:.1f}% of theorem 1, and "
+                     f"{white[-1].max():.2f} of theorem 3")
 
     ratios = [loss / best for loss, best in zip(losses, whitened_gd)]
     numbers = {"one_layer": one[0].tolist(), "theorem_1": closed.tolist(), "one_layer_loss": one_loss,
@@ -1823,9 +1730,10 @@ def preconditioners(study):
 # With all p_k = 1/K there are two phases: A_k grows to about log K, where one right feature outweighs K wrong ones, and
 # the loss converges. With p_1 = 1/2, feature 1 is learned at once, but half of every other query's attention rests on
 # it too. An under-represented feature has four phases: (I) B_{k,1} falls, (II) the lead passes to A_k, (III) A_k grows,
-# (IV) convergence. The switch takes K^2 steps: early on, a_1 is about e^B and a_k about e^A / K, so that
-# dB = -eta e^2B / 2K and dA = eta e^A / 2K^2. They are equal at t = 2/3 K^2 / eta, where B = -1/2 log K + 0.2. (That is
-# for K without end. The corrections are of order 1/sqrt(K), and large at K = 16.)
+# (IV) convergence. The switch takes K^2 steps: once B is clearly negative, a_1 is about e^B and a_k about e^A / K, so
+# that dB = -eta e^2B / 2K and dA = eta e^A / 2K^2. Integrated, e^-2B = eta t / K and e^-A = 1 - eta t / 2K^2. The rates
+# are equal when e^A = K e^2B, that is at t = 2/3 K^2 / eta, where B = -1/2 log K + 1/2 log 3/2. (That is for K without
+# end. The corrections are of order 1/sqrt(K), and large at K = 16.)
 
 
 # %%
@@ -1838,7 +1746,10 @@ def query_losses(Q, counts):
     return (attention - torch.eye(len(Q))).square().sum(1).mean(0) / 2
 
 
-def train_attention(K, p_1, steps, *, eta=2.0, prompts=None, seed=1, until_switch=False):
+ETA = 2.0  # step size of gradient descent, for every K
+
+
+def train_attention(K, p_1, steps, *, eta=ETA, prompts=None, seed=1, until_switch=False):
     """Plain gradient descent on Q, on fresh prompts of N = 10 K examples at every step. Returns the path (steps, 5).
 
     Its columns: loss of feature 1, loss of the others, A_1, A_k, B_{k,1}; "the others" and k are means over all k > 1,
@@ -1935,13 +1846,14 @@ def stages(study):
         fits.append((b.item(), (b.abs() * ((1 / r2 - 1) / (len(sizes) - 2)).sqrt()).item()))
         axes["when"].loglog(sizes, steps, "o", color=color, label=f"{name}: K$^{{{b:.2f} ± {fits[-1][1]:.2f}}}$")
         axes["when"].loglog(sizes, (intercept + b * sizes.log()).exp(), color=color, alpha=0.5)
-    axes["when"].loglog(sizes, sizes**2 / 3, ":", color=GRAY, label="2/3 K²/η, the limit of large K")
+    axes["when"].loglog(sizes, 2 / 3 * sizes**2 / ETA, ":", color=GRAY, label="2/3 K²/η, the limit of large K")
     axes["when"].set(title="when?", xlabel="features, K", ylabel="steps", xticks=SWITCH_SIZES, xticklabels=SWITCH_SIZES)
     axes["when"].minorticks_off()
     axes["when"].legend(fontsize=8)
-    picture.suptitle("A dominant feature is learned at once; the others must first unlearn it: about K² steps")
+    picture.suptitle(f"A dominant feature is learned {others / first:.0f} times sooner; the others first unlearn it")
 
     (b, error), (b_first, error_first) = fits
+    A_k = imbalanced[min(starts[2], len(imbalanced) - 1), 3].item()
     numbers = {"path_columns": ["loss of feature 1", "loss of the others", "A_1", "A_k", "B_{k,1}"],
                "balanced": balanced[::10].tolist(), "imbalanced": imbalanced[::10].tolist(),
                "phases_begin": {"balanced": [halved], "imbalanced": starts}, "steps_to_a_tenth": [first, others],
@@ -1953,7 +1865,7 @@ def stages(study):
         Claim("Huang", "its time is nearly free of K: exponent below 0.25", "0", f"{b_first:.2f} +- {error_first:.2f}",
               b_first, abs(b_first) < 0.25),
         Claim("Huang", "balanced, A_k leads from the first step; imbalanced, phases II, III, IV begin in this order",
-              "2 phases; 4", f"balanced II at {halved}; imbalanced {starts}, A_k {imbalanced[starts[2], 3]:.1f} at IV "
+              "2 phases; 4", f"balanced II at {halved}; imbalanced {starts}, A_k {A_k:.1f} at IV "
               f"(log K = {math.log(K):.1f}), B_k1 {imbalanced[switch, 4]:.2f} at the switch, step {switch} "
               f"(-1/2 log K = {-0.5 * math.log(K):.2f})",
               switch, lead_steps(balanced)[1] == 0 and 0 < early < switch < late < starts[2]),
@@ -2032,52 +1944,162 @@ def write_homework(folder):
     Raises ValueError if the folder has work in it.
     """
     folder, source = Path(folder), Path(__file__)
+    if not ANSWERS:
+        raise ValueError("--homework needs the lecturer's icl_newton.py; in this one the answers are cut out")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--homework: {folder} has work in it; nothing was written")
-    numbers = {name: number for number, name, *_ in EXERCISES} | {"error_cosines": 8, "best_match": 8}
-    lines, name, hidden = [], None, False
-    for line in source.read_text().splitlines():
-        if found := re.match(r"def (\w+)", line):
-            name = found[1]
-        if line.strip() == "# BEGIN SOLUTION":
-            hidden = True
-            if line != line.lstrip():
-                lines.append(f'    raise NotImplementedError("exercise {numbers[name]}: {name}")')
-        elif line.strip() == "# END SOLUTION":
-            hidden = False
-        elif not hidden:
-            lines.append(line)
-    header = "| exercise | function | idea | equation | minutes | difficulty | points | test |\n|" + "---|" * 8 + "\n"
-    table = header + "".join(f"| {row[0]} | " + " | ".join(f"{x}" for x in row[1:]) + f" | pytest -k ex{row[0]:02} |\n"
-                             for row in EXERCISES)
+    text, numbers = source.read_text("utf-8"), {name: number for number, name, *_ in EXERCISES}
+    numbers |= {"error_cosines": 8, "best_match": 8}
+
+    def blank(answer):  # in a function, an exception; at the top level, nothing
+        name = re.findall(r"^def (\w+)", text[: answer.start()], re.MULTILINE)[-1]
+        return f'    raise NotImplementedError("exercise {numbers[name]}: {name}")\n' if answer[1] else ""
+
+    student = re.sub(r"^( *)# BEGIN SOLUTION\n.*?# END SOLUTION\n", blank, text, flags=re.MULTILINE | re.DOTALL)
+    tests = source.with_name("test_icl_newton.py").read_text("utf-8").split("# For lecturers")[0].rstrip("#- \n") + "\n"
+    table = "| exercise | function | idea | equation | minutes | difficulty | points | test |\n|" + "---|" * 8 + "\n"
+    table += "".join(f"| {' | '.join(map(str, row))} | pytest -k ex{row[0]:02} |\n" for row in EXERCISES)
     questions = "".join(f"{i}. {question}\n" for i, question in enumerate(QUESTIONS, start=1))
-    sheet = (f"# Which algorithm does a Transformer run?\n\nRead icl_newton.py from the top. Where it raises "
-             f"NotImplementedError, write the answer: the docstring says what, a hint how. Then\n\n"
-             f"    python -m pytest -x --tb=short -k ex04       # one exercise, its first failure only\n"
-             f"    python -m pytest --tb=no -k test_ex          # all, with points\n"
-             f"    python icl_newton.py --figures solvers       # after exercise 4: your first figure, in seconds\n"
-             f"    python icl_newton.py                         # once all pass: the whole study, in minutes\n\n"
-             f"The tests of one exercise do not need the others. A failing test prints ICL_SEED; set it to repeat the "
-             f"run.\n\n{table}\n"
-             f"## Predict before you run\n\n{questions}")
     answers = "".join(f"{i}. {q}\n\n   {a}\n\n" for i, (q, a) in enumerate(zip(QUESTIONS, ANSWERS), start=1))
-    tests = source.with_name("test_icl_newton.py").read_text().split("# For lecturers")[0].rstrip("#- \n") + "\n"
+    sheet = f"""# Which algorithm does a Transformer run?
+
+Read icl_newton.py from the top. Where it raises NotImplementedError, write the answer: the docstring says what, a hint
+how. Then
+
+    python -m pytest -x --tb=short -k ex04       # one exercise, its first failure only
+    python -m pytest --tb=no -k test_ex          # all, with points
+    python icl_newton.py --figures solvers       # after exercise 4: your first figure, in seconds
+    python icl_newton.py                         # once all pass: the whole study, in minutes
+
+The tests of one exercise do not need the others. A failing test prints ICL_SEED; set it to repeat the run.
+
+{table}
+## Predict before you run
+
+{questions}"""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "icl_newton.py").write_text("\n".join(lines) + "\n")
-    (folder / "test_icl_newton.py").write_text(tests)
-    (folder / "ASSIGNMENT.md").write_text(sheet)
     lecturers = folder.with_name(folder.name + "-LECTURERS.md")
-    lecturers.write_text(f"# For lecturers\n\n{table}\n## Questions, with answers\n\n{answers}")
+    for path, content in ((folder / "icl_newton.py", student), (folder / "test_icl_newton.py", tests),
+                          (folder / "ASSIGNMENT.md", sheet),
+                          (lecturers, f"# For lecturers\n\n{table}\n## Questions, with answers\n\n{answers}")):
+        path.write_text(content, "utf-8")
     print(f"The assignment is in {folder}/, the answers to its questions in {lecturers}")
 
 
 # %% [markdown]
 # # The run
 #
-# The command line, the clock and the table at the end. Nothing to learn here.
+# The training loop with its checkpoints, the command line, the clock and the table at the end. Nothing to learn here.
 
 
 # %%
+def flops_per_step(config):
+    """Floating-point operations of a Transformer's training step at full d and n, in matrix products only: forward,
+    backward and Muon."""
+    W, T = config.width, 2 * config.n + 1
+    forward = config.layers * config.batch * T * (2 * 8 * W**2 + 4 * T * W)  # weights, and attention's T x T
+    muon = config.layers * 5 * (4 * 6 * W**3 + 2 * 10 * W**3)  # four square matrices, two of 2W x W; five iterations
+    return 3 * forward + muon  # the backward pass multiplies each matrix twice
+
+
+def matmul_rate(size=2048, repeats=4):
+    """Floating-point operations per second of a large float32 matrix product on the CPU: the best of a few."""
+    a, seconds = torch.randn(size, size), []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def identity(config):
+    """What a checkpoint is found by: the format of the file, and the settings that decide the trained weights."""
+    names = "d n kappa noise model layers width heads steps batch muon_lr adam_lr curriculum seed".split()
+    return {"format": 2} | {name: getattr(config, name) for name in names}
+
+
+def checkpoint_path(config):
+    key = hashlib.sha256(json.dumps(identity(config)).encode()).hexdigest()[:10]
+    return Path(config.checkpoints) / f"{config.model}-d{config.d}-n{config.n}-seed{config.seed}-{key}.pt"
+
+
+def load_checkpoint(config):
+    """The saved state of this configuration's training, or None. A file that cannot be used is kept under a new name,
+    with a line on standard error."""
+    path, here = checkpoint_path(config), config.torch_device.type
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["identity"] != identity(config):
+            reason = "belongs to another configuration"
+        elif saved["done"] < config.steps and saved["device"] != here:  # another stream of random numbers
+            reason = f"is unfinished, on {saved['device']}, not {here}"
+        else:
+            return saved
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # torch.load raises half a dozen kinds for damaged files
+        reason = f"is damaged ({type(error).__name__})"
+    kept = next(p for i in range(1, 10**6) if not (p := path.with_suffix(f".kept-{i}")).exists())
+    path.rename(kept)
+    print(f"icl_newton: checkpoint {path} {reason}; kept as {kept}, training anew", file=sys.stderr)
+    return None
+
+
+def save_atomically(write, path):
+    """Call write(temporary path), then move the result to `path` in one step: a kill leaves the old file or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def show_progress(config, step, loss, seconds_per_step):
+    """One line: step, loss, rate, time left. It rewrites itself on a terminal; in a log it comes every tenth."""
+    on_terminal, last = sys.stdout.isatty(), step == config.steps
+    if on_terminal or last or step % max(config.steps // 10, 1) < 10:
+        left = (config.steps - step) * seconds_per_step
+        line = f"  step {step:>6}/{config.steps}  loss/d {loss / config.d:.4f}  {1 / seconds_per_step:5.1f} steps/s"
+        print(f"{line}  {left:4.0f} s left", end="\r" if on_terminal and not last else "\n", flush=True)
+
+
+def train(config):
+    """Train the Transformer of `config`, or go on from its checkpoint, and return it.
+
+    A run that was killed continues at its last checkpoint and ends with the same weights, bit for bit on the same
+    machine, as one that was not. model.training_seconds and model.losses (steps,) describe the training. Raises
+    FloatingPointError, with the step, for a loss that is not finite.
+    """
+    device, path = config.torch_device, checkpoint_path(config)
+    torch.manual_seed(config.seed)
+    model = MODELS[config.model](config).to(device)
+    parts = [model, *make_optimizers(model, config)]
+    generator = torch.Generator(device).manual_seed(config.seed)
+    losses, done, seconds = torch.full((config.steps,), math.nan, device=device), 0, 0.0
+    if saved := load_checkpoint(config):
+        for part, state in zip(parts, saved["parts"]):
+            part.load_state_dict(state)
+        generator.set_state(saved["generator"])
+        losses, done, seconds = saved["losses"].to(device), saved["done"], saved["seconds"]
+        print(f"  found {path}: {done} of {config.steps} steps" + " done" * (done == config.steps))
+
+    start = time.perf_counter() - seconds
+    for step in range(done, config.steps):
+        losses[step], done = training_step(model, parts[1:], config, step, generator), step + 1
+        save = done % config.save_every == 0 or done == config.steps
+        if save or done % 10 == 0:  # not at every step: reading a number makes a GPU wait
+            if not (finite := losses[:done].isfinite()).all():
+                bad = finite.int().argmin().item() + 1
+                raise FloatingPointError(f"the loss is not finite at step {bad}; try a smaller --muon_lr or --adam_lr")
+            seconds = time.perf_counter() - start
+            show_progress(config, done, losses[max(done - 50, 0) : done].mean().item(), seconds / done)
+        if save:
+            state = dict(identity=identity(config), device=device.type, done=done, seconds=seconds, losses=losses,
+                         parts=[part.state_dict() for part in parts], generator=generator.get_state())
+            save_atomically(functools.partial(torch.save, state), path)
+    model.training_seconds, model.losses = seconds, losses.cpu()
+    return model.requires_grad_(False)
+
+
 class Clock:
     """Seconds per stage: `with clock("training"): ...`. Time spent in an inner stage is not counted in the outer."""
 
@@ -2158,7 +2180,7 @@ def plot_seeds(studies):
             ax.set(xlabel="layer", ylabel=f"best-matching step of {name}")
             ax.legend()
     axes[1].set_yscale("log", base=2)
-    picture.suptitle("The same rates from other seeds: other initial weights, other training and test prompts")
+    picture.suptitle("Other seeds: other initial weights, other training and test prompts")
     return picture
 
 
@@ -2175,11 +2197,10 @@ def describe(study):
 def run(config):
     """Make the figures that the configuration asks for, write results.json, and print the table of claims."""
     clock, fast, out = Clock(), matmul_rate(), Path(config.out)
-    names = config.figures.split(",") if config.figures != "all" else [f for f in FIGURES if f not in ON_DEMAND]
+    names = [f for f in FIGURES if f not in ON_DEMAND] if config.figures == "all" else config.figures.split(",")
     models = bool(set(names) - NEED_NO_MODEL) + any("_ill" in name for name in names)
     seconds = config.seeds * (models * config.steps * flops_per_step(config) / (0.25 * fast) + 2 * len(names))
-    print(f"Draws {', '.join(names)} into {out}/, for which it trains a {config.model} ({config.layers} layers, width "
-          f"{config.width}; d = {config.d}, n = {config.n}) and what else they need.")
+    print(f"Draws {', '.join(names)} into {out}/, and trains the models they need (d = {config.d}, n = {config.n}).")
     on_cpu = f"; without checkpoints it takes about {seconds:.0f} s" * (config.torch_device.type == "cpu")
     print(f"Device {config.torch_device}, {torch.get_num_threads()} threads, {fast / 1e9:.0f} GFLOP/s in a large "
           f"matrix product{on_cpu}.")
@@ -2207,8 +2228,9 @@ def run(config):
     results = {"config": dataclasses.asdict(config), **runs[0], "other_seeds": runs[1:], "seconds": clock.seconds,
                "peak_memory_bytes": peak_memory(), "threads": torch.get_num_threads(), "torch": torch.__version__,
                "matrix_product_flops_per_second": fast}
-    text = json.dumps(results, indent=1, default=dataclasses.asdict)
-    save_atomically(lambda path: path.write_text(text), out / "results.json")
+    text = json.dumps(results, default=dataclasses.asdict)
+    text = json.dumps(json.loads(text, parse_constant=lambda word: None), indent=1)  # JSON knows no NaN
+    save_atomically(lambda path: path.write_text(text, "utf-8"), out / "results.json")
     if runs[0]["claims"]:
         print_claims([run["claims"] for run in runs])
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in clock.seconds.items())
@@ -2226,7 +2248,7 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         print(f"icl_newton: {error}", file=sys.stderr)
         return 2
-    unwritten = re.findall(r'NotImplementedError\("(exercise \d+: \w+)"\)', Path(__file__).read_text())
+    unwritten = re.findall(r'NotImplementedError\("(exercise \d+: \w+)"\)', Path(__file__).read_text("utf-8"))
     if unwritten and config.figures == "all":  # a student's version
         print(f"icl_newton: still to be written: {', '.join(unwritten)}", file=sys.stderr)
         return 1
@@ -2235,7 +2257,7 @@ def main(arguments=None):
     except NotImplementedError as error:
         print(f"icl_newton: still to be written: {error}", file=sys.stderr)
         return 1
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         print(f"icl_newton: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
