@@ -648,6 +648,12 @@ def match_layers(layers, trajectory, counts, ys, log2=False, measure=error_cosin
     return Match(counts, similarity.mean(-1), best, best_interval, first, slope, intercept, slope_interval, r2)
 
 
+def last_layer_similarity(layers, trajectory, ys):
+    """SimE of the last layer with its best step of a trajectory, and its bootstrap samples: a number, (rounds,)."""
+    cosines = error_cosines(layers[-1:], trajectory, ys)[0]  # (steps, prompts)
+    return cosines.mean(-1).max().item(), bootstrap(cosines).amax(-1)
+
+
 class Study:
     """A configuration's model, its test prompts and the trajectories of all learners on them. What `recipes` lists is
     computed when first asked for, and its seconds are counted under the name of a stage."""
@@ -773,7 +779,7 @@ def solvers(study):
     axes[0].set_ylabel(f"squared error / d after {n} examples")
     axes[1].legend(loc="lower left", bbox_to_anchor=(0, 0.1))
     needed = [min((k for k, e in zip(numbers[f"{name.lower()}_steps"], numbers[f"{name}_error_kappa_100"]) if e < 1e-6),
-                  default="more") for name in ("Newton", "GD")]
+                  default="too many") for name in ("Newton", "GD")]
     picture.suptitle(f"Steps to an error of 1e-6 at condition number 100: Newton {needed[0]}, GD {needed[1]}")
     return picture, numbers, []
 
@@ -823,7 +829,8 @@ def plot_similarity(ax, similarity, counts, best, best_interval, ylabel):
     L, K = similarity.shape
     extent = (0.5, L + 0.5, -0.5, K - 0.5)
     image = ax.imshow(similarity.T, origin="lower", aspect="auto", vmin=0.5, vmax=1, extent=extent)
-    middle, low, high = (torch.searchsorted(torch.as_tensor(counts).double(), x) for x in (best, *best_interval))
+    middle, low, high = (torch.searchsorted(torch.as_tensor(counts).double(), x.contiguous())
+                         for x in (best, *best_interval))
     ax.vlines(range(1, L + 1), low, high, color="white", linewidth=3, alpha=0.7)
     ax.plot(range(1, L + 1), middle, "o", color=VERMILLION, markeredgecolor="white", markersize=7)
     ax.set(xticks=range(1, L + 1), yticks=range(0, K, 4), yticklabels=[int(counts[i]) for i in range(0, K, 4)],
@@ -844,17 +851,16 @@ def heatmaps(study):
     picture.colorbar(image, ax=axes, label="similarity of errors", shrink=0.9)
     picture.suptitle("Which step is a layer most like? Best matches (dots); what other prompts would say (bars)")
 
-    last = {name: error_cosines(study.layers[-1:], trajectory, study.prompts[1])[0]  # (steps, prompts)
-            for name, trajectory in (("OLS", study.ols), ("Newton", study.newton), ("GD", study.gd))}
-    best = {name: cosines.mean(-1).max().item() for name, cosines in last.items()}
-    lead = interval(bootstrap(last["Newton"]).amax(-1) - bootstrap(last["GD"]).amax(-1)).tolist()
-    return picture, numbers | {"last_layer": best}, [
+    learners = {"OLS": study.ols, "Newton": study.newton, "GD": study.gd}
+    last = {name: last_layer_similarity(study.layers, run, study.prompts[1]) for name, run in learners.items()}
+    (least, samples), (to_newton, newton_samples), (to_gd, gd_samples) = last.values()
+    lead = interval(newton_samples - gd_samples)
+    return picture, numbers | {"last_layer": {name: value for name, (value, _) in last.items()}}, [
         Claim("table 1", "the last layer makes the errors of Newton's limit, least squares: SimE at least .98",
-              ".991 (to Newton)", f"{best['OLS']:.3f} {brackets(interval(bootstrap(last['OLS']))[:, 0], 3)}",
-              best["OLS"], best["OLS"] >= 0.98),
+              ".991 (to Newton)", f"{least:.3f} {brackets(interval(samples), 3)}", least, least >= 0.98),
         Claim("table 1", "it resembles Newton more than GD, each at its best step: interval of the difference above 0",
-              ".991 vs .957", f"{best['Newton']:.4f} vs {best['GD']:.4f}, difference {brackets(lead, 4)}",
-              best["Newton"] - best["GD"], lead[0] > 0),
+              ".991 vs .957", f"{to_newton:.4f} vs {to_gd:.4f}, difference {brackets(lead, 4)}", to_newton - to_gd,
+              lead[0].item() > 0),
     ]
 
 
@@ -1041,10 +1047,15 @@ def induced_weights(learner, xs, ys, queries=None, chunk=16):
     return weights, 1 - missed / answers.square().sum((1, 3)).clamp_min(TINY)
 
 
+def weight_cosines(weights_a, weights_b, ys=None):
+    """Cosines of induced weights, prompt by prompt, means over t = 1..n: (len_a, len_b, prompts). ys is not needed."""
+    a, b = (F.normalize(w[:, :, 1:], dim=-1) for w in (weights_a, weights_b))
+    return torch.einsum("aptd,bptd->abp", a, b) / a.shape[2]
+
+
 def similarity_of_weights(weights_a, weights_b):
     """SimW, the mean cosine over prompts and prefixes t = 1..n of induced weights: (len_a, len_b) (Fu, section 4.1)."""
-    a, b = (F.normalize(w[:, :, 1:], dim=-1).flatten(1, 2) for w in (weights_a, weights_b))
-    return torch.einsum("asd,bsd->ab", a, b) / a.shape[1]
+    return weight_cosines(weights_a, weights_b).mean(-1)
 
 
 def spectral_filter(weights, xs, ys, edges, prefixes=None, ridge=0.0):
@@ -1112,13 +1123,13 @@ def conditioning(study):
     axes[1].set_yscale("log", base=2)
     picture.suptitle(f"Condition number 100 against 1, last layer: Newton {k_ill:.0f} against {k:.0f} steps, "
                      f"GD {g_ill:.0f} against {g:.0f}")
-    bounds = brackets(hard.gd_match.best_interval[:, -1], 0)
+    k_bounds, g_bounds = (brackets(m.best_interval[:, -1], 0) for m in (hard.newton_match, hard.gd_match))
     numbers = {"steps_to_equal": {"isotropic": [newton_1, gd_1], "ill-conditioned": [newton_100, gd_100]}}
     return picture, numbers, [
         Claim("fig. 4", "ill-conditioned: the last layer matches at most 1.5 times as many Newton steps as isotropic",
-              "21 vs 21", f"{k_ill:.0f} vs {k:.0f}", k_ill / max(k, 1), k_ill <= 1.5 * k),
+              "21 vs 21", f"{k_ill:.0f} {k_bounds} vs {k:.0f}", k_ill / max(k, 1), k_ill <= 1.5 * k),
         Claim("fig. 4, 16", "ill-conditioned: it matches at least 4 times as many GD steps as isotropic", "> 2,000",
-              f"{g_ill:.0f} {bounds} vs {g:.0f}", g_ill / g, g_ill >= 4 * g),
+              f"{g_ill:.0f} {g_bounds} vs {g:.0f}", g_ill / g, g_ill >= 4 * g),
         Claim("open", f"steps to the last layer's error after {study.config.n} examples, ill-conditioned against "
               "isotropic", "not asked", f"Newton {newton_100} vs {newton_1}; GD {gd_100} vs {gd_1}",
               gd_100 / gd_1, None),
@@ -1141,13 +1152,13 @@ def lstm(study):
     # Two layers: deeper ones do not get off the ground in the same number of steps.
     networks = {"Transformer": study.variant(model="transformer"),
                 "LSTM": study.variant(model="lstm", layers=2, batch=64, adam_lr=0.008)}
-    online = online_gradient_descent(xs, ys)
     learners = {name: s.learner for name, s in networks.items()} | {"OGD": online_gradient_descent}
     error = {name: s.error(s.layers)[1:, n].tolist() for name, s in networks.items()}
     forgotten = {name: forgetting_error(learner, xs[:128], ys[:128]).flip(0) for name, learner in learners.items()}
-    others = {"Newton": study.newton, "GD": study.gd, "OGD": online}
-    similarity = {name: {other: similarity_of_errors(s.layers[-1:], trajectory, ys).max().item()
-                         for other, trajectory in others.items()} for name, s in networks.items()}
+    others = {"Newton": study.newton, "GD": study.gd, "OGD": online_gradient_descent(xs, ys)}
+    alike = {name: {other: last_layer_similarity(s.layers, run, ys) for other, run in others.items()}
+             for name, s in networks.items()}
+    similarity = {name: {other: value for other, (value, _) in row.items()} for name, row in alike.items()}
 
     picture, axes = plt.subplots(1, 3, figsize=(11, 3.6))
     for i, name in enumerate(networks):
@@ -1162,17 +1173,24 @@ def lstm(study):
         ax.legend()
     ends = ", ".join(f"{name} {error[name][-1]:.2g}" for name in networks)
     picture.suptitle(f"Does an LSTM do what a Transformer does? Last layer's error / d: {ends}")
+    squares = (networks["LSTM"].layers[1:, :, n] - ys[:, n]).square()  # (2, prompts)
+    gain, gains = ((e[..., 0] / e[..., -1]) for e in (squares.mean(-1), bootstrap(squares)))
     recurrent, attentive = similarity["LSTM"], similarity["Transformer"]
-    gain, lead = error["LSTM"][0] / error["LSTM"][-1], recurrent["OGD"] - max(recurrent["Newton"], recurrent["GD"])
+    newton_samples, gd_samples, ogd_samples = (samples for _, samples in alike["LSTM"].values())
+    lead = recurrent["OGD"] - max(recurrent["Newton"], recurrent["GD"])
+    leads = ogd_samples - newton_samples.max(gd_samples)
+    gaps = alike["Transformer"]["Newton"][1] - alike["Transformer"]["OGD"][1]
     numbers = {"error": error, "similarity": similarity, "forgetting": {k: v.tolist() for k, v in forgotten.items()}}
     return picture, numbers, [
         Claim("fig. 7c", "an LSTM's layers do not improve: the second's error is above a quarter of the first's",
-              "plot", f"{error['LSTM'][0]:.2f} -> {error['LSTM'][-1]:.2f}", gain, gain < 4),
-        Claim("table 1", "an LSTM resembles OGD more than Newton or GD", ".954 vs .920, .916",
-              f"{recurrent['OGD']:.3f} vs {recurrent['Newton']:.3f}, {recurrent['GD']:.3f}", lead, lead > 0),
-        Claim("table 1", "a Transformer resembles Newton more than OGD", ".991 vs .806",
-              f"{attentive['Newton']:.3f} vs {attentive['OGD']:.3f}", attentive["Newton"] - attentive["OGD"],
-              attentive["Newton"] > attentive["OGD"]),
+              "plot", f"{gain:.2f} times better {brackets(interval(gains))}", gain.item(),
+              interval(gains)[1].item() < 4),
+        Claim("table 1", "an LSTM resembles OGD more than Newton or GD: interval of the difference above 0",
+              ".954 vs .920, .916", f"{recurrent['OGD']:.3f} vs {recurrent['Newton']:.3f}, {recurrent['GD']:.3f}, "
+              f"difference {brackets(interval(leads), 3)}", lead, interval(leads)[0].item() > 0),
+        Claim("table 1", "a Transformer resembles Newton more than OGD: interval of the difference above 0",
+              ".991 vs .806", f"{attentive['Newton']:.3f} vs {attentive['OGD']:.3f}, difference "
+              f"{brackets(interval(gaps), 3)}", attentive["Newton"] - attentive["OGD"], interval(gaps)[0].item() > 0),
     ]
 
 
@@ -1181,35 +1199,36 @@ def weights(study):
     """Fu, figures 9, 13 and 27: similarity of induced weights; are answers linear in the query; the span test."""
     induced, (xs, ys) = study.induced, study.few_prompts
     (layers, r2), L, d, n = induced["Transformer"], study.config.layers, study.config.d, study.config.n
-    similarity = similarity_of_weights(layers, induced["Newton"][0])[1:]
-    best, rows = best_match(similarity).double(), torch.arange(max(min(FIRST_LAYER, L - 1), 1), L + 1)
-    slope, _, line_r2 = (value.item() for value in line_fit(rows.double(), best[rows - 1]))
+    match = match_layers(layers, induced["Newton"][0], NEWTON_STEPS, None, measure=weight_cosines)
     S, _ = prefix_moments(xs, ys)
     outside = torch.eye(d) - torch.linalg.pinv(S, hermitian=True, rtol=RANK_TOLERANCE) @ S  # projects off the span
-    strayed = torch.einsum("ptij,kptj->kpti", outside, layers).square().mean((1, 3))[:, 1:d]  # (layers+1, t = 1..d-1)
-    linear, off_span = r2[:, 1:].mean(-1), strayed[-1].mean().item()
+    strayed = torch.einsum("ptij,kptj->kpti", outside, layers).square().mean(-1)[:, :, 1:d]  # (layers+1, P, t = 1..d-1)
+    off_span, off_interval = strayed[-1].mean().item(), interval(bootstrap(strayed[-1].mean(-1)))
+    linear, rows = r2[:, 1:].mean(-1), range(match.first, L + 1)
 
     picture, axes = plt.subplots(1, 3, figsize=(11, 3.6))
-    image = plot_similarity(axes[0], similarity, NEWTON_STEPS, best, (best, best), "steps of Newton")
+    image = plot_similarity(axes[0], match.similarity, NEWTON_STEPS, match.best, match.best_interval, "steps of Newton")
     picture.colorbar(image, ax=axes[0])
     axes[0].set_title("similarity of induced weights")
-    for layer, color in zip(rows.tolist(), shades(len(rows))):
+    for layer, color in zip(rows, shades(len(rows))):
         axes[1].plot(range(1, n + 1), r2[layer, 1:], "o-", color=color, label=f"layer {layer}")
-        axes[2].semilogy(range(1, strayed.shape[1] + 1), strayed[layer], "o-", color=color)
+        axes[2].semilogy(range(1, strayed.shape[2] + 1), strayed[layer].mean(0), "o-", color=color)
     axes[1].set(title="is the answer linear in the query?", xlabel="examples in the prompt, t", ylabel="R$^2$")
     axes[1].legend()
     axes[2].set(title="how far do weights leave the span?", xlabel="examples in the prompt, t < d",
                 ylabel="squared length off the span / d")
-    picture.suptitle(f"Behind the answers a linear rule (R$^2$ {linear[-1]:.3f}) climbs {slope:.1f} Newton steps per layer")
-    numbers = {"similarity": similarity.tolist(), "best_newton_steps": best.tolist(), "slope": slope, "r2": line_r2,
-               "linear_in_query_r2": r2.tolist(), "off_span": strayed.tolist()}
+    picture.suptitle(f"Behind the answers a linear rule (R$^2$ {linear[-1]:.3f}) climbs {match.slope:.1f} Newton "
+                     "steps per layer")
+    numbers = match.numbers() | {"linear_in_query_r2": r2.tolist(), "off_span": strayed.mean(1).tolist()}
     return picture, numbers, [
-        Claim("fig. 9", "the same trend with similarity of weights: linear in the layer with R^2 at least .95", "plot",
-              f"{slope:.2f} steps per layer, R^2 {line_r2:.3f}", slope, line_r2 >= 0.95 and slope > 0),
+        Claim("fig. 9", "the same with similarity of weights: linear in the layer, R^2 at least .95, slope above 0",
+              "plot", f"{match.slope:.2f} {brackets(match.slope_interval)} steps per layer, R^2 {match.r2:.3f}",
+              match.slope, match.is_line),
         Claim("fig. 27", "for t < d the last layer's weights lie in the examples' span: mean square off it < 1e-3",
-              "MSE < 1.2e-4", f"{off_span:.1e}", off_span, off_span < 1e-3 if d > 1 else None),
+              "MSE < 1.2e-4", f"{off_span:.1e} {brackets(off_interval, 4)}", off_span,
+              off_span < 1e-3 if d > 1 else None),
         Claim("open", f"is the answer linear in the query? R^2 of layers {rows[0]} to {L}", "not asked",
-              " ".join(f"{x:.3f}" for x in linear[rows]), linear[-1].item(), None),
+              " ".join(f"{x:.3f}" for x in linear[rows[0] :]), linear[-1].item(), None),
     ]
 
 
