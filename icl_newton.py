@@ -115,7 +115,7 @@ class Config:
                 raise ValueError(f"--{name} must be a positive number{' or 0' * may_be_zero}, not {value}")
         chosen = self.figures.split(",") if self.figures != "all" else []
         cuda_missing = self.device == "cuda" and not torch.cuda.is_available()
-        not_fu = (self.d, self.n, self.kappa, self.noise) != (20, 40, 1, 0)
+        not_fu = (self.d, self.n, self.noise) != (20, 40, 0)  # variants may have another kappa
         for wrong, message in (
             (self.width % self.heads, f"--heads must divide --width, but {self.heads} does not divide {self.width}"),
             (self.kappa < 1, f"--kappa is at least 1, not {self.kappa}"),

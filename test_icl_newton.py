@@ -1286,6 +1286,14 @@ def test_bad_input_gets_one_line_and_status_2(arguments, word, tmp_path, monkeyp
     assert not out and [p.name for p in tmp_path.iterdir()] == ["a_file"], "nothing may be done or written"
 
 
+@pytest.mark.parametrize("preset", icl_newton.PRESETS)
+def test_presets_are_valid_and_have_an_ill_conditioned_variant(preset):
+    config = icl_newton.parse_config(["--preset", preset, "--device", "cpu", "--seed", "7"])
+    assert config.seed == 7 and all(getattr(config, k) == v for k, v in icl_newton.PRESETS[preset].items())
+    study = icl_newton.Study(config, icl_newton.Clock())
+    assert study.variant(kappa=100.0).config.kappa == 100 and study.variant(kappa=1.0) is study
+
+
 def test_every_setting_has_a_flag_and_help(capsys):
     with pytest.raises(SystemExit) as stop:
         icl_newton.main(["--help"])
