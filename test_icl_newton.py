@@ -1,7 +1,7 @@
 """
 Tests of icl_newton.py, and the grader of its exercises.
 
-    python -m pytest                everything, about two minutes on two cores
+    python -m pytest                everything, about a minute and a half on two cores
     python -m pytest -k test_ex     the ten exercises, a summary with points at the end
     python -m pytest -k ex03        one exercise
 
@@ -62,11 +62,15 @@ class Points:
             terminalreporter.section("exercises")
         for number, name, *_, points in rows:
             ok = self.passed[number]
-            terminalreporter.write_line(f"  ex{number:02} {name:<24} {'passed' if ok else 'FAILED'} {points * ok:>3} of {points}")
+            terminalreporter.write_line(
+                f"  ex{number:02} {name:<24} {'passed' if ok else 'FAILED'} {points * ok:>3} of {points}"
+            )
         if rows:
             done = [row for row in rows if self.passed[row[0]]]
-            terminalreporter.write_line(f"  {len(done)} of {len(rows)} exercises passed: {sum(row[-1] for row in done)} of "
-                                        f"{sum(row[-1] for row in rows)} points")
+            terminalreporter.write_line(
+                f"  {len(done)} of {len(rows)} exercises passed: {sum(row[-1] for row in done)} of "
+                f"{sum(row[-1] for row in rows)} points"
+            )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -150,7 +154,9 @@ def test_ex01_shapes_and_noiseless_answers(icl):
     P, d = random.randint(3, 6), random.randint(2, 6)
     n = d + random.randint(1, 5)
     xs, ys = icl.sample_prompts(P, n, d)
-    assert xs.shape == (P, n + 1, d) and ys.shape == (P, n + 1), f"xs is (prompts, n+1, d), ys (prompts, n+1); got {xs.shape}, {ys.shape}"
+    assert xs.shape == (P, n + 1, d) and ys.shape == (P, n + 1), (
+        f"xs is (prompts, n+1, d), ys (prompts, n+1); got {xs.shape}, {ys.shape}"
+    )
     assert xs.dtype == ys.dtype == torch.float32, "prompts are float32"
     rules = []
     for x, y in zip(xs.double().numpy(), ys.double().numpy()):
@@ -163,7 +169,9 @@ def test_ex01_shapes_and_noiseless_answers(icl):
 def test_ex01_randomness_comes_from_the_generator(icl):
     draw = lambda seed: icl.sample_prompts(3, 4, 2, kappa=5.0, noise=0.3, generator=torch.Generator().manual_seed(seed))
     first, again, other = draw(SEED), draw(SEED), draw(SEED + 1)
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]), "the same seed must give the same prompts: pass the generator to every draw"
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]), (
+        "the same seed must give the same prompts: pass the generator to every draw"
+    )
     assert not torch.equal(first[0], other[0]), "another seed must give other prompts"
 
 
@@ -177,17 +185,22 @@ def test_ex01_condition_number(icl):
         assert large == high, f"{large} of {d} eigenvalues are large, expected d//2 = {high}"
         ratio = s[:high].mean() / s[high:].mean()
         assert abs(ratio / kappa - 1) < 0.1, (
-            f"condition number {ratio:.1f}, expected {kappa:.1f}: eigenvalues of the covariance scale x by their roots")
+            f"condition number {ratio:.1f}, expected {kappa:.1f}: eigenvalues of the covariance scale x by their roots"
+        )
         assert abs(s.sum() / d - 1) < 0.1, f"the covariance has trace {s.sum():.2f}, expected d = {d}: rescale"
     moments = [(x.T @ x / len(x)).double() for x in xs]
     assert (moments[0] - moments[1]).abs().max() > 0.05, "each prompt needs its own random eigenbasis"
-    assert (moments[0] - torch.diag(moments[0].diagonal())).abs().max() > 0.02, "the eigenbasis must be rotated, not the axes"
+    assert (moments[0] - torch.diag(moments[0].diagonal())).abs().max() > 0.02, (
+        "the eigenbasis must be rotated, not the axes"
+    )
 
 
 def test_ex01_noise_and_moments(icl):
     noise = random.uniform(0.2, 0.6)
     xs, ys = icl.sample_prompts(400, 60, 3, noise=noise)
-    residuals = [np.linalg.lstsq(x, y, rcond=None)[1][0] / (61 - 3) for x, y in zip(xs.double().numpy(), ys.double().numpy())]
+    residuals = [
+        np.linalg.lstsq(x, y, rcond=None)[1][0] / (61 - 3) for x, y in zip(xs.double().numpy(), ys.double().numpy())
+    ]
     assert abs(np.sqrt(np.mean(residuals)) / noise - 1) < 0.05, "noise is the standard deviation of what is added to y"
     xs, ys = icl.sample_prompts(4000, 4, 3)
     assert abs(xs.square().mean().item() - 1) < 0.06 and abs(xs.mean().item()) < 0.03, "x ~ N(0, I) when kappa = 1"
@@ -200,7 +213,11 @@ def test_ex02_default_step_size(icl):
     expected = loop_over_prefixes(xs, ys, slow_gd(K))
     actual = icl.gradient_descent(xs, ys, K)
     close(actual[:1], expected[:1], "step 0 must be the start, w_0 = 0: have you taken a step too many?")
-    close(actual, expected, "w <- w - lr (S w - b) with lr = 1/lambda_max of each prefix (the empty one has S = 0); does a prefix include the example it predicts?")
+    close(
+        actual,
+        expected,
+        "w <- w - lr (S w - b) with lr = 1/lambda_max of each prefix (the empty one has S = 0); does a prefix include the example it predicts?",
+    )
 
 
 def test_ex02_given_step_size_and_counts(icl):
@@ -208,7 +225,11 @@ def test_ex02_given_step_size_and_counts(icl):
     counts = sorted(random.sample(range(0, 40), 4))
     lr = random.uniform(0.002, 0.01)
     expected = loop_over_prefixes(xs, ys, slow_gd(counts[-1], lr))[counts]
-    close(icl.gradient_descent(xs, ys, counts, lr=lr), expected, "entry [i] must be the prediction after steps[i] steps; the gradient is S w - b, not its mean over examples")
+    close(
+        icl.gradient_descent(xs, ys, counts, lr=lr),
+        expected,
+        "entry [i] must be the prediction after steps[i] steps; the gradient is S w - b, not its mean over examples",
+    )
 
 
 def test_ex02_given_start(icl):
@@ -216,7 +237,9 @@ def test_ex02_given_start(icl):
     w0, lr = torch.randn(xs.shape[-1], dtype=torch.float64), 0.01
     expected = loop_over_prefixes(xs, ys, slow_gd(6, lr, w0.numpy()))
     kept = w0.clone()
-    close(icl.gradient_descent(xs, ys, 6, lr=lr, w0=w0), expected, "off the span of the examples w_0 must stay as it is")
+    close(
+        icl.gradient_descent(xs, ys, 6, lr=lr, w0=w0), expected, "off the span of the examples w_0 must stay as it is"
+    )
     assert torch.equal(w0, kept), "w0 was changed in place"
 
 
@@ -232,15 +255,21 @@ def test_ex03_newton_start_is_safe_and_scales(icl):
     X = torch.randn(random.randint(2, 4), 3, d + random.randint(0, 4), d, dtype=torch.float64)
     S = X.mT @ X
     alpha = icl.newton_start(S)
-    assert alpha.shape == (*S.shape[:-2], 1, 1), "one alpha for each S, as (..., 1, 1): have you taken one norm of all matrices?"
+    assert alpha.shape == (*S.shape[:-2], 1, 1), (
+        "one alpha for each S, as (..., 1, 1): have you taken one norm of all matrices?"
+    )
     expected = torch.tensor([[1 / np.linalg.norm(s @ s.T) for s in row] for row in S.numpy()])
     close(icl.newton_start(10 * S), alpha / 100, "alpha shrinks with the square of S: the norm is of S S^T, not of S")
-    assert ((alpha.squeeze() * torch.linalg.matrix_norm(S, 2) ** 2) < 1.999).all(), "alpha lambda_max^2 must be below 2, or (1 - alpha lambda^2)^(2^k) never shrinks"
+    assert ((alpha.squeeze() * torch.linalg.matrix_norm(S, 2) ** 2) < 1.999).all(), (
+        "alpha lambda_max^2 must be below 2, or (1 - alpha lambda^2)^(2^k) never shrinks"
+    )
     close(alpha[..., 0, 0], expected, "alpha = 1/||S S^T||_F, the Frobenius norm")
 
 
 def test_ex03_newton_start_of_nothing(icl):
-    assert icl.newton_start(torch.zeros(2, 3, 3, dtype=torch.float64)).isfinite().all(), "the empty prefix has S = 0: keep 1/0 away"
+    assert icl.newton_start(torch.zeros(2, 3, 3, dtype=torch.float64)).isfinite().all(), (
+        "the empty prefix has S = 0: keep 1/0 away"
+    )
 
 
 def test_ex04_steps(icl):
@@ -278,7 +307,9 @@ def test_ex04_float64_to_the_end(icl):
     ys = (xs @ torch.randn(2, d, 1)).squeeze(-1)
     last = icl.newton(xs, ys, 40, alpha=0.2)[-1]
     expected = loop_over_prefixes(xs, ys, lambda X, y: [np.linalg.lstsq(X, y, rcond=1e-6)[0]])[0]
-    assert last.dtype == torch.float64, "solve in float64: in float32 rounding leaks out of the span and doubles each step"
+    assert last.dtype == torch.float64, (
+        "solve in float64: in float32 rounding leaks out of the span and doubles each step"
+    )
     close(last, expected, "40 steps must reach the minimum-norm least-squares solution", 1e-2)
 
 
@@ -298,9 +329,13 @@ def test_ex05_tokens(icl):
     P, n, d = random.randint(2, 4), random.randint(2, 6), random.randint(2, 5)
     xs, ys = torch.randn(P, n + 1, d), torch.randn(P, n + 1)
     tokens = icl.interleave(xs, ys)
-    assert tokens.shape == (P, 2 * n + 1, d), f"tokens are (prompts, 2n+1, d); got {tuple(tokens.shape)}. The last y, the answer, is left out"
+    assert tokens.shape == (P, 2 * n + 1, d), (
+        f"tokens are (prompts, 2n+1, d); got {tuple(tokens.shape)}. The last y, the answer, is left out"
+    )
     for t in range(n + 1):
-        assert torch.equal(tokens[:, 2 * t], xs[:, t]), "x_1, x_2, ... stand at the even positions: interleave in time, not in features"
+        assert torch.equal(tokens[:, 2 * t], xs[:, t]), (
+            "x_1, x_2, ... stand at the even positions: interleave in time, not in features"
+        )
     for t in range(n):
         assert torch.equal(tokens[:, 2 * t + 1, 0], ys[:, t]), "y_t stands right after x_t, in the first entry"
         assert not tokens[:, 2 * t + 1, 1:].any(), "y is padded with zeros"
@@ -308,13 +343,20 @@ def test_ex05_tokens(icl):
 
 def test_ex05_one_dimension(icl):
     xs, ys = torch.randn(2, 3, 1), torch.randn(2, 3)
-    assert torch.equal(icl.interleave(xs, ys)[0, :, 0], torch.stack([xs[0, 0, 0], ys[0, 0], xs[0, 1, 0], ys[0, 1], xs[0, 2, 0]])), "d = 1 needs no padding"
+    assert torch.equal(
+        icl.interleave(xs, ys)[0, :, 0], torch.stack([xs[0, 0, 0], ys[0, 0], xs[0, 1, 0], ys[0, 1], xs[0, 2, 0]])
+    ), "d = 1 needs no padding"
 
 
 def test_ex06_against_a_loop(icl):
     shape = (random.randint(1, 3), random.randint(2, 3), random.randint(3, 7), random.randint(2, 5))
     q, k, v = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
-    close(icl.causal_attention(q, k, v), slow_attention(q, k, v), "token i averages v_0..v_i with softmax weights of q_i.k_j / sqrt(D): check mask, axis and scale", 1e-6)
+    close(
+        icl.causal_attention(q, k, v),
+        slow_attention(q, k, v),
+        "token i averages v_0..v_i with softmax weights of q_i.k_j / sqrt(D): check mask, axis and scale",
+        1e-6,
+    )
 
 
 def test_ex06_the_future_is_invisible(icl):
@@ -324,7 +366,9 @@ def test_ex06_the_future_is_invisible(icl):
     k[:, 4:], v[:, 4:] = 7.0, -7.0
     after = icl.causal_attention(q, k, v)
     assert after.isfinite().all(), "a row of scores is all -inf: a token must see itself"
-    assert torch.allclose(before[:, :4], after[:, :4]), "a later token changed an earlier output: mask the future before the softmax"
+    assert torch.allclose(before[:, :4], after[:, :4]), (
+        "a later token changed an earlier output: mask the future before the softmax"
+    )
     assert not torch.allclose(before[:, 4:], after[:, 4:]), "a token must see itself and what came before"
 
 
@@ -337,7 +381,9 @@ def test_ex07_readout(icl):
 
 def test_ex07_unused_directions(icl):
     H = torch.randn(60, 5, dtype=torch.float64)
-    H = torch.cat([H, H[:, :2] @ torch.randn(2, 3, dtype=torch.float64), torch.zeros(60, 1, dtype=torch.float64)], dim=1)
+    H = torch.cat(
+        [H, H[:, :2] @ torch.randn(2, 3, dtype=torch.float64), torch.zeros(60, 1, dtype=torch.float64)], dim=1
+    )
     y = torch.randn(60, dtype=torch.float64)
     r = icl.least_squares_readout(H, y)
     assert r.isfinite().all() and r.abs().max() < 1e3, "H^T H can be singular: use a pseudo-inverse, not an inverse"
@@ -347,21 +393,37 @@ def test_ex07_unused_directions(icl):
 
 def test_ex08_cosines(icl):
     A, B, P, n = random.randint(2, 4), random.randint(2, 4), random.randint(2, 5), random.randint(3, 7)
-    a, b, ys = torch.randn(A, P, n + 1, dtype=torch.float64), torch.randn(B, P, n + 1, dtype=torch.float64), torch.randn(P, n + 1, dtype=torch.float64)
+    a, b, ys = (
+        torch.randn(A, P, n + 1, dtype=torch.float64),
+        torch.randn(B, P, n + 1, dtype=torch.float64),
+        torch.randn(P, n + 1, dtype=torch.float64),
+    )
     expected = torch.zeros(A, B, P, dtype=torch.float64)
     for i, j, p in np.ndindex(A, B, P):
         u, v = (a[i, p] - ys[p])[1:], (b[j, p] - ys[p])[1:]
         expected[i, j, p] = (u @ v) / (u.norm() * v.norm())
-    close(icl.error_cosines(a, b, ys), expected, "the cosine of (prediction - y) over t = 1..n, t = 0 left out, prompt by prompt")
-    close(icl.similarity_of_errors(a, b, ys), expected.mean(-1), "SimE is the mean of the prompts' cosines, not the cosine of all prompts together")
+    close(
+        icl.error_cosines(a, b, ys),
+        expected,
+        "the cosine of (prediction - y) over t = 1..n, t = 0 left out, prompt by prompt",
+    )
+    close(
+        icl.similarity_of_errors(a, b, ys),
+        expected.mean(-1),
+        "SimE is the mean of the prompts' cosines, not the cosine of all prompts together",
+    )
 
 
 def test_ex08_best_match(icl):
     similarity = torch.rand(random.randint(2, 5), random.randint(6, 9))
     expected = torch.tensor([int(np.argmax(row)) for row in similarity.numpy()])
-    assert torch.equal(icl.best_match(similarity), expected), "for each step of a (a row), the index of b's most similar step"
+    assert torch.equal(icl.best_match(similarity), expected), (
+        "for each step of a (a row), the index of b's most similar step"
+    )
     batch = torch.rand(3, 2, 7)
-    assert torch.equal(icl.best_match(batch), torch.stack([icl.best_match(s) for s in batch])), "leading axes are batches"
+    assert torch.equal(icl.best_match(batch), torch.stack([icl.best_match(s) for s in batch])), (
+        "leading axes are batches"
+    )
 
 
 def loop_attention(h, heads, mask):
@@ -466,8 +528,10 @@ def test_ex10_optimal_preconditioner_is_stationary(icl):
         (torch.linalg.inv((n + 1) / n * Sigma), "the term with the sum of all eigenvalues is missing"),
         (torch.linalg.inv((n + 1) / n * Sigma + trace * one), "the sum of the eigenvalues is to be divided by n"),
         (torch.linalg.inv((n + 1) / n * Sigma + 1 / n * one), "sum of the eigenvalues missing, only its 1/n is there"),
-        (torch.diag(torch.linalg.eigvalsh(torch.linalg.inv((n + 1) / n * Sigma + trace / n * one)).flip(0)),
-         "right eigenvalues, but not between Sigma's eigenvectors: U diag(a) U^T"),
+        (
+            torch.diag(torch.linalg.eigvalsh(torch.linalg.inv((n + 1) / n * Sigma + trace / n * one)).flip(0)),
+            "right eigenvalues, but not between Sigma's eigenvectors: U diag(a) U^T",
+        ),
     ):
         assert (A - wrong).abs().max() > 1e-9, mistake
     # d/dA of E |x_q - H A x_q|^2 = tr(Sigma) - 2 tr(Sigma A Sigma) + tr(A^T E[H^2] A Sigma)
@@ -532,7 +596,9 @@ def test_no_learner_sees_its_own_answer_or_what_follows():
     }
     for name, learner in learners.items():
         before, after = learner(xs, ys), learner(xs, changed)
-        assert torch.allclose(before[..., : t + 1], after[..., : t + 1], atol=1e-9), f"{name}: prefix t must not see y_{{t+1}}"
+        assert torch.allclose(before[..., : t + 1], after[..., : t + 1], atol=1e-9), (
+            f"{name}: prefix t must not see y_{{t+1}}"
+        )
         assert not torch.allclose(before[..., t + 1 :], after[..., t + 1 :]), f"{name}: later prefixes must see it"
 
 
@@ -546,14 +612,19 @@ def test_newton_residuals_square():
         M_S = icl_newton.newton(xs, xs @ torch.tensor(w), 6, alpha=alpha)[:, :, -1].numpy()  # column M_k S w
         R = np.eye(d) - alpha * S @ S
         for k in range(7):
-            assert np.allclose(w - M_S[k], R @ w, atol=1e-9), f"step {k}: the residual is not the square of the one before"
+            assert np.allclose(w - M_S[k], R @ w, atol=1e-9), (
+                f"step {k}: the residual is not the square of the one before"
+            )
             R = R @ R
 
 
 def test_correction_1_the_printed_alpha_stalls():
     """With alpha = 2/||S S^T||_2 the error along the top eigenvector never shrinks."""
     xs, ys = icl_newton.sample_prompts(20, 40, 20, generator=torch.Generator().manual_seed(SEED))
-    xs, ys = xs[:, 10:].double(), torch.einsum("ptd,pd->pt", xs[:, 10:].double(), torch.randn(20, 20, dtype=torch.float64))
+    xs, ys = (
+        xs[:, 10:].double(),
+        torch.einsum("ptd,pd->pt", xs[:, 10:].double(), torch.randn(20, 20, dtype=torch.float64)),
+    )
     S, _ = icl_newton.prefix_moments(xs, ys)
     edge = 2 / torch.linalg.matrix_norm(S[:, -1] @ S[:, -1], 2)[:, None, None, None]
     error = (icl_newton.newton(xs, ys, 40, alpha=edge)[..., -1] - ys[:, -1]).square().mean(1)
@@ -580,8 +651,10 @@ def test_correction_5_gd_off_the_span_is_capped():
     xs, ys = icl_newton.sample_prompts(200, 40, 20, generator=torch.Generator().manual_seed(SEED))
     target = icl_newton.ols(xs, ys)
     start = torch.rand(200, 1, 20, generator=torch.Generator().manual_seed(SEED))
-    caps = [icl_newton.similarity_of_errors(icl_newton.gradient_descent(xs, ys, [10**6], w0=w0), target, ys).item()
-            for w0 in (None, start / 20**0.5, start)]
+    caps = [
+        icl_newton.similarity_of_errors(icl_newton.gradient_descent(xs, ys, [10**6], w0=w0), target, ys).item()
+        for w0 in (None, start / 20**0.5, start)
+    ]
     assert caps[0] > 0.9995 and abs(caps[1] - 0.991) < 0.004 and 0.8 < caps[2] < 0.92, f"caps {caps}"
 
 
@@ -595,7 +668,11 @@ def test_online_gradient_descent_fits_the_newest_example():
     xs, ys = some_prompts()
     t = random.randint(1, xs.shape[1] - 1)
     xs[:, t] = xs[:, t - 1]  # ask again at once
-    close(icl_newton.online_gradient_descent(xs, ys)[0, :, t], ys[:, t - 1], "after its update OGD must fit example t exactly")
+    close(
+        icl_newton.online_gradient_descent(xs, ys)[0, :, t],
+        ys[:, t - 1],
+        "after its update OGD must fit example t exactly",
+    )
 
     def slow(X, y):
         w = np.zeros(X.shape[1])
@@ -629,7 +706,9 @@ def test_bfgs_with_exact_line_search_makes_cg_steps():
         path.append(w)
     query = rng.normal(size=4)
     xs, ys = torch.tensor(np.vstack([X, query]))[None], torch.tensor(np.append(X @ w_star, 0.0))[None]
-    close(icl_newton.conjugate_gradient(xs, ys, 4)[:, 0, -1], torch.tensor([w @ query for w in path]), "BFGS = CG", 1e-7)
+    close(
+        icl_newton.conjugate_gradient(xs, ys, 4)[:, 0, -1], torch.tensor([w @ query for w in path]), "BFGS = CG", 1e-7
+    )
 
 
 def test_chebyshev_rate_on_a_planted_spectrum():
@@ -649,7 +728,9 @@ def test_chebyshev_rate_on_a_planted_spectrum():
 
 
 def tiny_config(**changes):
-    return icl_newton.Config(**(dict(d=3, n=6, layers=2, width=16, heads=2, steps=12, batch=8, probes=64, prompts=16) | changes))
+    return icl_newton.Config(
+        **(dict(d=3, n=6, layers=2, width=16, heads=2, steps=12, batch=8, probes=64, prompts=16) | changes)
+    )
 
 
 def tiny_model(**changes):
@@ -668,7 +749,9 @@ def test_transformer_heads_split_the_width():
     for i in range(2):
         rows = slice(8 * i, 8 * i + 8)
         q, k, v = ((h @ M.T)[..., rows] for M in (Q, K, V))
-        q, k = (((z - z.mean(-1, keepdim=True)) / (z.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()) for z in (q, k))
+        q, k = (
+            ((z - z.mean(-1, keepdim=True)) / (z.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()) for z in (q, k)
+        )
         heads.append(slow_attention(q, k, v))
     close(model.attend(h, model.attention[0]).detach(), torch.cat(heads, -1) @ O.T, "multi-head attention", 1e-4)
 
@@ -680,7 +763,12 @@ def test_predictions_are_made_at_the_x_tokens():
     h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
     expected = torch.stack([h[:, 2 * t] @ model.read_out for t in range(7)], dim=1)
     close(model(xs, ys).detach(), expected.detach(), "entry t is read at token x_{t+1}", 1e-5)
-    close(model(xs[:, :4], ys[:, :4]).detach(), expected[:, :4].detach(), "a shorter prompt must give the same answers", 1e-5)
+    close(
+        model(xs[:, :4], ys[:, :4]).detach(),
+        expected[:, :4].detach(),
+        "a shorter prompt must give the same answers",
+        1e-5,
+    )
 
 
 def test_orthogonalize_keeps_singular_vectors_and_levels_singular_values():
@@ -704,7 +792,12 @@ def test_readouts_recover_a_planted_layer_readout():
     assert errors[1] < 1e-4 < errors[0], f"errors by layer {errors}"
     fitted = icl_newton.fit_readouts(model, xs, ys)
     predictions = icl_newton.layer_predictions(model, xs, ys, fitted)
-    expected = np.stack([h.numpy() @ np.linalg.lstsq(h.reshape(-1, 17).numpy(), ys.flatten().double().numpy(), rcond=1e-7)[0] for h in H])
+    expected = np.stack(
+        [
+            h.numpy() @ np.linalg.lstsq(h.reshape(-1, 17).numpy(), ys.flatten().double().numpy(), rcond=1e-7)[0]
+            for h in H
+        ]
+    )
     close(predictions, torch.tensor(expected), "each layer predicts with its own least-squares readout", 1e-3)
 
 
@@ -758,9 +851,14 @@ def test_a_damaged_checkpoint_is_kept_and_reported(tmp_path, capsys):
     other = icl_newton.checkpoint_path(tiny_config(seed=2, checkpoints=str(tmp_path)))
     path.rename(other)
     path.write_bytes(b"not a checkpoint")
-    assert icl_newton.load_checkpoint(config) is None and icl_newton.load_checkpoint(tiny_config(seed=2, checkpoints=str(tmp_path))) is None
+    assert (
+        icl_newton.load_checkpoint(config) is None
+        and icl_newton.load_checkpoint(tiny_config(seed=2, checkpoints=str(tmp_path))) is None
+    )
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and str(path) in lines[0] and str(other) in lines[1] and "another configuration" in lines[1], lines
+    assert (
+        len(lines) == 2 and str(path) in lines[0] and str(other) in lines[1] and "another configuration" in lines[1]
+    ), lines
     assert any(p.read_bytes() == b"not a checkpoint" for p in tmp_path.iterdir()), "the damaged file must be kept"
     again = icl_newton.train(config)
     assert all(torch.equal(a, b) for a, b in zip(good.parameters(), again.parameters())), "and training starts anew"
@@ -821,7 +919,9 @@ def test_squared_error_of_predicting_zero_is_one():
 
 
 def slow_solution_weights(xs, ys, solve):
-    return torch.tensor(np.array([[solve(x[:t], y[:t]) for t in range(len(x))] for x, y in zip(xs.numpy(), ys.numpy())]))
+    return torch.tensor(
+        np.array([[solve(x[:t], y[:t]) for t in range(len(x))] for x, y in zip(xs.numpy(), ys.numpy())])
+    )
 
 
 def test_induced_weights_of_a_solver_are_its_weights():
@@ -846,8 +946,19 @@ def test_a_learner_that_is_not_linear_in_the_query_is_found_out():
 
 def test_similarity_of_weights_is_a_mean_cosine():
     a, b = torch.randn(2, 3, 5, 4, dtype=torch.float64), torch.randn(3, 3, 5, 4, dtype=torch.float64)
-    expected = [[np.mean([a[i, p, t] @ b[j, p, t] / (a[i, p, t].norm() * b[j, p, t].norm()) for p in range(3) for t in range(1, 5)])
-                 for j in range(3)] for i in range(2)]
+    expected = [
+        [
+            np.mean(
+                [
+                    a[i, p, t] @ b[j, p, t] / (a[i, p, t].norm() * b[j, p, t].norm())
+                    for p in range(3)
+                    for t in range(1, 5)
+                ]
+            )
+            for j in range(3)
+        ]
+        for i in range(2)
+    ]
     close(icl_newton.similarity_of_weights(a, b), torch.tensor(expected), "mean over prompts and prefixes t = 1..n")
 
 
@@ -859,8 +970,14 @@ def test_spectral_filter_equals_the_closed_forms():
     ys = torch.einsum("ptd,pd->pt", xs, torch.randn(4, d, dtype=torch.float64))
     edges = torch.tensor([0.5, 2.0, 5.0, 10.0], dtype=torch.float64)
     for learner, closed in (
-        (lambda x, y: icl_newton.gradient_descent(x, y, [0, 5, 40], lr=lr), [1 - (1 - lr * spectrum) ** k for k in (0, 5, 40)]),
-        (lambda x, y: icl_newton.newton(x, y, [0, 2, 6], alpha=alpha), [1 - (1 - alpha * spectrum**2) ** (2**k) for k in (0, 2, 6)]),
+        (
+            lambda x, y: icl_newton.gradient_descent(x, y, [0, 5, 40], lr=lr),
+            [1 - (1 - lr * spectrum) ** k for k in (0, 5, 40)],
+        ),
+        (
+            lambda x, y: icl_newton.newton(x, y, [0, 2, 6], alpha=alpha),
+            [1 - (1 - alpha * spectrum**2) ** (2**k) for k in (0, 2, 6)],
+        ),
     ):
         weights, _ = icl_newton.induced_weights(learner, xs, ys)
         last = icl_newton.spectral_filter(weights, xs, ys, edges, prefixes=[d])
@@ -875,7 +992,11 @@ def test_forgetting_asks_old_examples_again():
         for xi, yi in zip(x[:6], y[:6]):
             w = w + xi * (yi - w @ xi) / (xi @ xi)
         slow += (x[:6] @ w - y[:6]) ** 2 / 3 / 4
-    close(icl_newton.forgetting_error(icl_newton.online_gradient_descent, xs, ys), torch.tensor(slow), "error on x_i after all n examples")
+    close(
+        icl_newton.forgetting_error(icl_newton.online_gradient_descent, xs, ys),
+        torch.tensor(slow),
+        "error on x_i after all n examples",
+    )
     assert slow[-1] < 1e-9, "the newest example is never forgotten"
 
 
@@ -884,7 +1005,9 @@ def test_forgetting_asks_old_examples_again():
 
 
 def prompts(count, n, d, kappa=1.0, noise=0.0, seed=0):
-    return icl_newton.sample_prompts(count, n, d, kappa=kappa, noise=noise, generator=torch.Generator().manual_seed(seed))
+    return icl_newton.sample_prompts(
+        count, n, d, kappa=kappa, noise=noise, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def loop_newton(xs, ys, steps, alpha):
@@ -959,7 +1082,9 @@ def test_correction_2_equal_heads_make_the_size_of_the_score():
         return (icl_newton.relu_attention(h, heads, mask) - h).flatten().tolist()
 
     signed, sizes = [4 * 2 + -6 * -3, -6 * 2 + 9 * -3], [4 * 2 + 6 * -3, 6 * 2 + 9 * -3]
-    assert added(icl_newton.linear_heads(one, one, one)) == signed, "ReLU(s) - ReLU(-s) = s: the second head's value is -V"
+    assert added(icl_newton.linear_heads(one, one, one)) == signed, (
+        "ReLU(s) - ReLU(-s) = s: the second head's value is -V"
+    )
     assert added([(one, one, one), (-one, one, one)]) == sizes, "ReLU(s) + ReLU(-s) = |s|, as in the printed proof"
 
 
@@ -1229,8 +1354,12 @@ def test_until_switch_only_stops_early():
     short = icl_newton.train_attention(8, 0.5, 200, until_switch=True)
     long = icl_newton.train_attention(8, 0.5, 200)
     assert len(short) < 100 and torch.equal(short, long[: len(short)]), "stopping changed the path, or never happened"
-    assert 0 < icl_newton.lead_steps(short)[1] < len(short) - 1, "it must stop after the switch, where A + B is lowest, not at it"
-    assert icl_newton.lead_steps(short)[1] == icl_newton.lead_steps(long)[1], "the switch is found at another step in the longer run"
+    assert 0 < icl_newton.lead_steps(short)[1] < len(short) - 1, (
+        "it must stop after the switch, where A + B is lowest, not at it"
+    )
+    assert icl_newton.lead_steps(short)[1] == icl_newton.lead_steps(long)[1], (
+        "the switch is found at another step in the longer run"
+    )
 
 
 def test_balanced_features_are_alike():
@@ -1242,7 +1371,9 @@ def test_balanced_features_are_alike():
 def test_steps_above_takes_the_floor_away():
     floor = 0.5 * 0.9**20
     loss = floor + 0.5 ** torch.arange(10.0)  # an excess of 1, 1/2, 1/4, ...
-    assert icl_newton.steps_above(0.1, loss, 0.1, 20) == 4, "1, 1/2, 1/4 and 1/8 are above a tenth: the floor was not subtracted"
+    assert icl_newton.steps_above(0.1, loss, 0.1, 20) == 4, (
+        "1, 1/2, 1/4 and 1/8 are above a tenth: the floor was not subtracted"
+    )
     assert icl_newton.steps_above(0.001, loss, 0.1, 20) == 10, "never below the share: all steps"
 
 
@@ -1251,7 +1382,9 @@ def test_lead_steps_compare_speeds():
     path = torch.stack([0 * t, 0 * t, 0 * t, 0.1 * t, -torch.log(t + 10)], dim=1)  # dA = 0.1, -dB = 1 / (t + 10)
     assert icl_newton.lead_steps(path)[:2] == [0, 0], "B never leads here"
     path[:, 4] = -torch.log(t + 1)  # -dB = 1 / (t + 1) is 0.2, 0.1 and 0.05 at t = 4, 9 and 19
-    assert icl_newton.lead_steps(path) == [4, 9, 19], f"{icl_newton.lead_steps(path)}: not B 2:1 until 4, even at 9, A 2:1 from 19"
+    assert icl_newton.lead_steps(path) == [4, 9, 19], (
+        f"{icl_newton.lead_steps(path)}: not B 2:1 until 4, even at 9, A 2:1 from 19"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1273,7 +1406,9 @@ def test_lead_steps_compare_speeds():
         (["--preset", "huge"], "huge"),
         (["--device", "tpu"], "tpu"),
         (["--model", "mamba"], "mamba"),
-        pytest.param(["--device", "cuda"], "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
+        pytest.param(
+            ["--device", "cuda"], "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+        ),
         (["--out", "{tmp}/a_file/x"], "cannot write"),
     ],
 )
@@ -1313,7 +1448,14 @@ def test_a_quick_run_as_a_user_starts_it(tmp_path):
     assert set(results["figures"]) == set(icl_newton.FIGURES) - icl_newton.ON_DEMAND
     for name in results["figures"]:
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
-    for key in ("seconds", "claims", "config", "training_flops_per_second", "matrix_product_flops_per_second", "peak_memory_bytes"):
+    for key in (
+        "seconds",
+        "claims",
+        "config",
+        "training_flops_per_second",
+        "matrix_product_flops_per_second",
+        "peak_memory_bytes",
+    ):
         assert results[key], key
     assert "300/300" in first.stdout and len(results["claims"]) == first.stdout.count("\n          paper ")
     second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -1337,7 +1479,7 @@ def test_the_assignment_has_no_answers_but_all_else(assignment):
     stub, sheet = (assignment / "icl_newton.py").read_text(), (assignment / "ASSIGNMENT.md").read_text()
     names = [name for _, name, *_ in icl_newton.EXERCISES]
     assert not re.search(r"^ *# (BEGIN|END) SOLUTION$", stub, re.MULTILINE), "no solution may be left"
-    assert all(stub.count(f": {name}\")") == 1 for name in names), "one stub for each exercise"
+    assert all(stub.count(f': {name}")') == 1 for name in names), "one stub for each exercise"
     assert all(f"| {name} |" in sheet for name in names) and all(question in sheet for question in icl_newton.QUESTIONS)
     for text in (stub, sheet, (assignment / "test_icl_newton.py").read_text()):
         assert not any(answer[:40] in text for answer in icl_newton.ANSWERS) and "WRONG" not in text
@@ -1387,16 +1529,38 @@ WRONG = [
     (2, "gradient_descent", "given step size ignored", " if lr is None else lr", ""),
     (2, "gradient_descent", "start ignored", "steps, w0, ridge", "steps, None, ridge"),
     (2, "gradient_descent", "mean in place of sum", "step_size * eigenvalues", "step_size / len(ys[0]) * eigenvalues"),
-    (2, "gradient_descent", "prefix includes its own example", "(xs, ys, residual", "(xs.roll(-1, 1), ys.roll(-1, 1), residual"),
+    (
+        2,
+        "gradient_descent",
+        "prefix includes its own example",
+        "(xs, ys, residual",
+        "(xs.roll(-1, 1), ys.roll(-1, 1), residual",
+    ),
     (2, "gradient_descent", "ridge ignored", "w0, ridge)", "w0)"),
-    (2, "gradient_descent", "input changed", "    return spectral", "    w0 is None or w0.mul_(2)\n    return spectral"),
-    (3, "newton_start", "the printed alpha", "return 1 / torch.linalg.matrix_norm(S @ S.mT,",
-     "return 2 / torch.linalg.matrix_norm(S @ S.mT, 2,"),
+    (
+        2,
+        "gradient_descent",
+        "input changed",
+        "    return spectral",
+        "    w0 is None or w0.mul_(2)\n    return spectral",
+    ),
+    (
+        3,
+        "newton_start",
+        "the printed alpha",
+        "return 1 / torch.linalg.matrix_norm(S @ S.mT,",
+        "return 2 / torch.linalg.matrix_norm(S @ S.mT, 2,",
+    ),
     (3, "newton_start", "norm of S, not of S S^T", "S @ S.mT", "S"),
     (3, "newton_start", "no axes kept", ", keepdim=True", ""),
     (3, "newton_start", "empty prefix divides by zero", ".clamp_min(TINY)", ""),
-    (3, "newton_start", "one number for all matrices", "torch.linalg.matrix_norm(S @ S.mT, keepdim=True)",
-     "(S @ S.mT).norm().expand(*S.shape[:-2], 1, 1)"),
+    (
+        3,
+        "newton_start",
+        "one number for all matrices",
+        "torch.linalg.matrix_norm(S @ S.mT, keepdim=True)",
+        "(S @ S.mT).norm().expand(*S.shape[:-2], 1, 1)",
+    ),
     (4, "newton", "factor 2 missing", "2 * M - M @ S @ M", "M - M @ S @ M"),
     (4, "newton", "wrong sign", "2 * M - M @ S @ M", "2 * M + M @ S @ M"),
     (4, "newton", "S and M exchanged", "2 * M - M @ S @ M", "2 * M - S @ M @ S"),
@@ -1406,12 +1570,29 @@ WRONG = [
     (4, "newton", "default alpha ignored", "(newton_start(S) if alpha is None else alpha)", "(alpha or 1e-3)"),
     (4, "newton", "ridge ignored", "(xs, ys, ridge)", "(xs, ys)"),
     (4, "newton", "counts ignored", "if k in counts", "if k < len(counts)"),
-    (4, "newton", "float32", "S, b = prefix_moments(xs, ys, ridge)",
-     "S, b = (z.float() for z in prefix_moments(xs, ys, ridge))"),
-    (4, "newton", "prefix includes its own example", "prefix_moments(xs, ys,", "prefix_moments(xs.roll(-1, 1), ys.roll(-1, 1),"),
+    (
+        4,
+        "newton",
+        "float32",
+        "S, b = prefix_moments(xs, ys, ridge)",
+        "S, b = (z.float() for z in prefix_moments(xs, ys, ridge))",
+    ),
+    (
+        4,
+        "newton",
+        "prefix includes its own example",
+        "prefix_moments(xs, ys,",
+        "prefix_moments(xs.roll(-1, 1), ys.roll(-1, 1),",
+    ),
     (5, "interleave", "the answer is shown", "[:, :-1]", ""),
     (5, "interleave", "y before x", "[xs, y_tokens]", "[y_tokens, xs]"),
-    (5, "interleave", "first all x, then all y", "torch.stack([xs, y_tokens], dim=2).flatten(1, 2)", "torch.cat([xs, y_tokens], dim=1)"),
+    (
+        5,
+        "interleave",
+        "first all x, then all y",
+        "torch.stack([xs, y_tokens], dim=2).flatten(1, 2)",
+        "torch.cat([xs, y_tokens], dim=1)",
+    ),
     (5, "interleave", "y in the last entry", "(0, xs.shape[-1] - 1)", "(xs.shape[-1] - 1, 0)"),
     (5, "interleave", "y in every entry", "F.pad(ys[..., None], (0, xs.shape[-1] - 1))", "ys[..., None].expand_as(xs)"),
     (6, "causal_attention", "not causal", ".masked_fill(future, -math.inf)", ""),
@@ -1420,17 +1601,44 @@ WRONG = [
     (6, "causal_attention", "softmax over queries", ".softmax(-1)", ".softmax(-2)"),
     (6, "causal_attention", "no scale", " / math.sqrt(D)", ""),
     (6, "causal_attention", "scale D", "math.sqrt(D)", "D"),
-    (6, "causal_attention", "masked after the softmax", ".masked_fill(future, -math.inf).softmax(-1)", ".softmax(-1).masked_fill(future, 0)"),
+    (
+        6,
+        "causal_attention",
+        "masked after the softmax",
+        ".masked_fill(future, -math.inf).softmax(-1)",
+        ".softmax(-1).masked_fill(future, 0)",
+    ),
     (6, "causal_attention", "zero in place of -inf", "-math.inf", "0.0"),
-    (7, "least_squares_readout", "inverse of a singular matrix", "torch.linalg.pinv(H.mT @ H, hermitian=True, rtol=1e-12)",
-     "torch.linalg.inv_ex(H.mT @ H).inverse"),
+    (
+        7,
+        "least_squares_readout",
+        "inverse of a singular matrix",
+        "torch.linalg.pinv(H.mT @ H, hermitian=True, rtol=1e-12)",
+        "torch.linalg.inv_ex(H.mT @ H).inverse",
+    ),
     (7, "least_squares_readout", "no inverse", "torch.linalg.pinv(H.mT @ H, hermitian=True, rtol=1e-12) @ ", ""),
-    (7, "least_squares_readout", "float32", "torch.linalg.pinv(H.mT @ H, hermitian=True, rtol=1e-12)",
-     "torch.linalg.pinv((H.mT @ H).float()).double()"),
+    (
+        7,
+        "least_squares_readout",
+        "float32",
+        "torch.linalg.pinv(H.mT @ H, hermitian=True, rtol=1e-12)",
+        "torch.linalg.pinv((H.mT @ H).float()).double()",
+    ),
     (7, "least_squares_readout", "a large ridge", "pinv(H.mT @ H,", "pinv(H.mT @ H + torch.eye(H.shape[-1]),"),
-    (7, "least_squares_readout", "mean in one place, sum in the other", "(H.mT @ y[..., None])", "(H.mT @ y[..., None]) / len(y)"),
-    (8, "error_cosines", "not normalised", "F.normalize((trajectory.double() - ys.double())[..., 1:], dim=-1)",
-     "(trajectory.double() - ys.double())[..., 1:]"),
+    (
+        7,
+        "least_squares_readout",
+        "mean in one place, sum in the other",
+        "(H.mT @ y[..., None])",
+        "(H.mT @ y[..., None]) / len(y)",
+    ),
+    (
+        8,
+        "error_cosines",
+        "not normalised",
+        "F.normalize((trajectory.double() - ys.double())[..., 1:], dim=-1)",
+        "(trajectory.double() - ys.double())[..., 1:]",
+    ),
     (8, "error_cosines", "t = 0 included", "[..., 1:]", ""),
     (8, "error_cosines", "predictions in place of errors", " - ys.double()", ""),
     (8, "error_cosines", "normalised over prompts", "dim=-1)", "dim=-2)"),
@@ -1439,11 +1647,22 @@ WRONG = [
     (8, "best_match", "wrong axis", "argmax(-1)", "argmax(0)"),
     (9, "newton_layer", "wrong sign", "-0.5 * Tx.mT", "0.5 * Tx.mT"),
     (9, "newton_layer", "1/2 missing", "-0.5 * Tx.mT", "-Tx.mT"),
-    (9, "newton_layer", "equal heads: |s|", "linear_heads(Q=Tx, K=x, V=-0.5 * Tx.mT @ Tx)",
-     "[(Tx, x, -0.5 * Tx.mT @ Tx), (-Tx, x, -0.5 * Tx.mT @ Tx)]"),
+    (
+        9,
+        "newton_layer",
+        "equal heads: |s|",
+        "linear_heads(Q=Tx, K=x, V=-0.5 * Tx.mT @ Tx)",
+        "[(Tx, x, -0.5 * Tx.mT @ Tx), (-Tx, x, -0.5 * Tx.mT @ Tx)]",
+    ),
     (9, "newton_layer", "query and key exchanged: T S T^T", "Q=Tx, K=x", "Q=x, K=Tx"),
     (9, "newton_layer", "the MLP loses the negative half", "[Tx, -Tx]", "[Tx, Tx * 0]"),
-    (9, "newton_layer", "float32", "return heads,", "heads = [tuple(m.float() for m in head) for head in heads]\n    return heads,"),
+    (
+        9,
+        "newton_layer",
+        "float32",
+        "return heads,",
+        "heads = [tuple(m.float() for m in head) for head in heads]\n    return heads,",
+    ),
     (9, "newton_layer", "the MLP doubles x", "torch.cat([Tx, -Tx])", "torch.cat([x, -x])"),
     (9, "newton_layer", "values are x", "Tx.mT @ Tx)", "Tx.mT @ x)"),
     (10, "optimal_preconditioner", "n in place of n+1", "(n + 1) / n", "n / n"),
@@ -1456,7 +1675,10 @@ WRONG = [
 
 # Right answers, written as a student might.
 RIGHT = [
-    (2, "gradient_descent", """
+    (
+        2,
+        "gradient_descent",
+        """
         S, b = prefix_moments(xs, ys, ridge)
         if lr is None:
             lr = 1 / torch.linalg.eigvalsh(S)[..., -1:].clamp_min(1e-30)
@@ -1467,10 +1689,18 @@ RIGHT = [
                 w = w - lr * (torch.einsum("ptij,ptj->pti", S, w) - b)
             if k in step_counts(steps):
                 path.append(w)
-        return predict(torch.stack(path), xs)"""),
-    (3, "newton_start", """
-        return 1 / ((S @ S) ** 2).sum((-2, -1), keepdim=True).sqrt().clamp_min(1e-20)"""),
-    (4, "newton", """
+        return predict(torch.stack(path), xs)""",
+    ),
+    (
+        3,
+        "newton_start",
+        """
+        return 1 / ((S @ S) ** 2).sum((-2, -1), keepdim=True).sqrt().clamp_min(1e-20)""",
+    ),
+    (
+        4,
+        "newton",
+        """
         S, b = prefix_moments(xs, ys, ridge)
         M = (newton_start(S) if alpha is None else alpha) * S
         I = torch.eye(S.shape[-1]).double()
@@ -1478,27 +1708,52 @@ RIGHT = [
         for _ in range(step_counts(steps)[-1]):
             M = M @ (2 * I - S @ M)
             everything.append(torch.einsum("ptij,ptj->pti", M, b))
-        return predict(torch.stack([everything[k] for k in step_counts(steps)]), xs)"""),
-    (5, "interleave", """
+        return predict(torch.stack([everything[k] for k in step_counts(steps)]), xs)""",
+    ),
+    (
+        5,
+        "interleave",
+        """
         P, N, d = xs.shape
         tokens = torch.zeros(P, 2 * N, d)
         tokens[:, 0::2] = xs
         tokens[:, 1::2, 0] = ys
-        return tokens[:, : 2 * N - 1]"""),
-    (6, "causal_attention", """
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)"""),
-    (7, "least_squares_readout", """
-        return torch.linalg.lstsq(H, y.expand(H.shape[:-1])[..., None], driver="gelsd").solution.squeeze(-1)"""),
-    (8, "error_cosines", """
+        return tokens[:, : 2 * N - 1]""",
+    ),
+    (
+        6,
+        "causal_attention",
+        """
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)""",
+    ),
+    (
+        7,
+        "least_squares_readout",
+        """
+        return torch.linalg.lstsq(H, y.expand(H.shape[:-1])[..., None], driver="gelsd").solution.squeeze(-1)""",
+    ),
+    (
+        8,
+        "error_cosines",
+        """
         a, b = (traj_a - ys)[..., 1:].double(), (traj_b - ys)[..., 1:].double()
-        return F.cosine_similarity(a[:, None], b[None], dim=-1)"""),
-    (9, "newton_layer", """
+        return F.cosine_similarity(a[:, None], b[None], dim=-1)""",
+    ),
+    (
+        9,
+        "newton_layer",
+        """
         Q, K, V = torch.zeros(d, 2 * d + 1), torch.zeros(d, 2 * d + 1), torch.zeros(2 * d + 1, 2 * d + 1)
         Q[:, :d], K[:, d : 2 * d], V[:d, :d] = torch.eye(d), torch.eye(d), torch.eye(d)
         up = torch.cat([Q, -Q]).double()
-        return [(Q.double(), K.double(), -V.double() / 2), (Q.double(), -K.double(), V.double() / 2)], (up, up.T)"""),
-    (10, "optimal_preconditioner", """
-        return torch.linalg.inv((n + 1) / n * Sigma + torch.trace(Sigma) / n * torch.eye(len(Sigma)).to(Sigma))"""),
+        return [(Q.double(), K.double(), -V.double() / 2), (Q.double(), -K.double(), V.double() / 2)], (up, up.T)""",
+    ),
+    (
+        10,
+        "optimal_preconditioner",
+        """
+        return torch.linalg.inv((n + 1) / n * Sigma + torch.trace(Sigma) / n * torch.eye(len(Sigma)).to(Sigma))""",
+    ),
 ]
 
 
