@@ -2218,7 +2218,8 @@ def run(config):
     clock, fast, out = Clock(), matmul_rate(), Path(config.out)
     names = [f for f in FIGURES if f not in ON_DEMAND] if config.figures == "all" else config.figures.split(",")
     models = bool(set(names) - NEED_NO_MODEL) + any("_ill" in name for name in names)
-    seconds = config.seeds * (models * config.steps * flops_per_step(config) / (0.25 * fast) + 2 * len(names))
+    per_step = max(flops_per_step(config) / (0.25 * fast), 0.002 * config.layers)  # small models wait for Python
+    seconds = config.seeds * (models * config.steps * per_step + 2 * len(names))
     print(f"Draws {', '.join(names)} into {out}/, and trains the models they need (d = {config.d}, n = {config.n}).")
     on_cpu = f"; without checkpoints it takes about {seconds:.0f} s" * (config.torch_device.type == "cpu")
     print(f"Device {config.torch_device}, {torch.get_num_threads()} threads, {fast / 1e9:.0f} GFLOP/s in a large "
