@@ -2217,7 +2217,7 @@ def run(config):
     """Make the figures that the configuration asks for, write results.json, and print the table of claims."""
     clock, fast, out = Clock(), matmul_rate(), Path(config.out)
     names = [f for f in FIGURES if f not in ON_DEMAND] if config.figures == "all" else config.figures.split(",")
-    models = bool(set(names) - NEED_NO_MODEL) + any("_ill" in name for name in names)
+    models = bool(set(names) - NEED_NO_MODEL) + any("_ill" in f or f == "conditioning" for f in names)
     per_step = max(flops_per_step(config) / (0.25 * fast), 0.002 * config.layers)  # small models wait for Python
     seconds = config.seeds * (models * config.steps * per_step + 2 * len(names))
     print(f"Draws {', '.join(names)} into {out}/, and trains the models they need (d = {config.d}, n = {config.n}).")
