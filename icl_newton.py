@@ -620,8 +620,8 @@ class Match:
 
     @property
     def is_line(self):
-        """Whether the matches climb on a line: R^2 at least .95, slope above 0, from 3 layers at least."""
-        return self.r2 >= 0.95 and self.slope_interval[0] > 0 and len(self.best) - self.first >= 2
+        """Whether the matches climb on a line: R^2 at least .95, slope above 0. None where two points make the line."""
+        return self.r2 >= 0.95 and self.slope_interval[0] > 0 if len(self.best) - self.first >= 2 else None
 
     def numbers(self):
         return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
@@ -1944,10 +1944,13 @@ QUESTIONS = [  # to be answered before running anything
 ANSWERS = []
 # BEGIN SOLUTION
 ANSWERS = [
-    "Newton's hardly change: it needs O(log kappa) steps. GD's grow manyfold: it needs O(kappa). See rates_ill.",
+    "Newton's hardly change: it needs O(log kappa) steps; GD needs O(kappa). By error this shows: to be as good "
+    "as the last layer after 10 examples, GD needs 256 steps against 64, Newton 17 against 12. Measured by similarity "
+    "of errors GD's steps hardly change either, since prefixes with t near d are ill-conditioned at any kappa. See the "
+    "conditioning figure; either prediction with its reason deserves the points.",
     "1 - t/d: least squares knows w* only in the t directions it has seen. The dotted curve, least squares.",
-    "The error rises by far more than twofold, since convergence is superlinear: the last layers do most. The matched "
-    "steps per layer stay about the same or rise a little, but there are fewer layers to climb; run it and compare.",
+    "Measured: the error rises about sixfold, from 2.3e-3 to 1.4e-2. Layers 2 to 4 match Newton's steps 3, 8, 12: four "
+    "steps per layer in place of three. Trained end to end, a shallower network makes each layer do more.",
     "Newton one more, since 2^k absorbs a factor 2 in one step; gradient descent twice as many.",
     "No. Similarity at the best step tells only that both move along the same path from 0 to least squares. The steps "
     "needed decide: they grow linearly for Newton and exponentially for GD, so GD's rate is not the network's.",

@@ -903,7 +903,9 @@ def test_match_layers_finds_planted_steps():
     steps = icl_newton.newton(xs, ys, 14)
     match = icl_newton.match_layers(steps[::2], steps, range(15), ys)
     assert match.best.tolist() == [2, 4, 6, 8, 10, 12, 14] and torch.equal(match.best_interval[0], match.best)
-    assert abs(match.slope - 2) < 1e-9 and match.r2 > 1 - 1e-9
+    assert abs(match.slope - 2) < 1e-9 and match.r2 > 1 - 1e-9 and match.is_line
+    two = icl_newton.match_layers(steps[:7:2], steps, range(15), ys)
+    assert two.best.tolist() == [2, 4, 6] and two.is_line is None, "two points always lie on a line"
     counts = [2**k for k in range(12)]
     descent = icl_newton.gradient_descent(xs, ys, counts)
     match = icl_newton.match_layers(descent[1::2], descent, counts, ys, log2=True)
