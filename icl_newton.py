@@ -1646,8 +1646,8 @@ def tuned_descent(preconditioner, steps, fitting, test):
     basis, and least squares on the prompts `fitting` the best combination.
     """
     A = preconditioner.expand(steps, -1, -1)
-    basis, test_basis = (linear_transformer(A, xs, ys).mT for xs, ys in (fitting, test))  # (prompts, steps)
-    answers, test_answers = fitting[1][:, -1:], test[1][:, -1:]  # (prompts, 1)
+    basis, test_basis = (linear_transformer(A, xs, ys).mT.double() for xs, ys in (fitting, test))  # (prompts, steps)
+    answers, test_answers = fitting[1][:, -1:].double(), test[1][:, -1:].double()  # (prompts, 1)
     best = [torch.linalg.lstsq(basis[:, :k], answers).solution for k in range(1, steps + 1)]
     return [F.mse_loss(test_basis[:, : len(c)] @ c, test_answers).item() for c in best]
 
