@@ -130,6 +130,7 @@ class Config:
 
     @property
     def torch_device(self):
+        """The device of the networks: CUDA if there is one and it is not refused. Solvers run on the CPU."""
         use_cuda = self.device != "cpu" and torch.cuda.is_available()
         return torch.device("cuda" if use_cuda else "cpu")
 
@@ -624,6 +625,7 @@ class Match:
         return self.r2 >= 0.95 and self.slope_interval[0] > 0 if len(self.best) - self.first >= 2 else None
 
     def numbers(self):
+        """All fields as JSON takes them."""
         return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
 
 
@@ -666,8 +668,9 @@ class Study:
         "newton": ("solvers", lambda s: newton(*s.prompts, NEWTON_STEPS, ridge=s.ridge)),
         "gd": ("solvers", lambda s: gradient_descent(*s.prompts, GD_STEPS, ridge=s.ridge)),
         "ols": ("solvers", lambda s: ols(*s.prompts, ridge=s.ridge)),
-        "newton_match": ("matching", lambda s: match_layers(s.layers, s.newton, NEWTON_STEPS, s.prompts[1])),
-        "gd_match": ("matching", lambda s: match_layers(s.layers, s.gd, GD_STEPS, s.prompts[1], log2=True)),
+        "matches": ("matching", lambda s: {
+            "Newton": match_layers(s.layers, s.newton, NEWTON_STEPS, s.prompts[1]),
+            "GD": match_layers(s.layers, s.gd, GD_STEPS, s.prompts[1], log2=True)}),
         "induced": ("induced weights", lambda s: {name: induced_weights(learner, *s.few_prompts)
                                                   for name, learner in s.learners.items()}),
     }
@@ -844,7 +847,7 @@ def heatmaps(study):
     """Fu, figures 3, 8 and 10: similarity of errors of layers against Newton's and gradient descent's steps."""
     picture, axes = plt.subplots(1, 2, figsize=(9, 4))
     numbers = {}
-    for ax, name, match in zip(axes, ("Newton", "GD"), (study.newton_match, study.gd_match)):
+    for ax, (name, match) in zip(axes, study.matches.items()):
         label = f"steps of {name}" + " (log scale)" * (name == "GD")
         image = plot_similarity(ax, match.similarity, match.counts, match.best, match.best_interval, label)
         numbers[name] = {"steps": match.counts.tolist(), "similarity": match.similarity.tolist()}
@@ -875,8 +878,8 @@ def rates(study):
     picture, axes = plt.subplots(1, 2, figsize=(9, 3.8))
     numbers, claims = {}, []
     for ax, (name, match, unit, law, source, paper_fit) in zip(axes, (
-        ("Newton", study.newton_match, "steps", "linearly with the layer", "fig. 3, 8", "2.93, R^2 .995"),
-        ("GD", study.gd_match, "doublings", "exponentially (log2 is linear)", "fig. 3, 10",
+        ("Newton", study.matches["Newton"], "steps", "linearly with the layer", "fig. 3, 8", "2.93, R^2 .995"),
+        ("GD", study.matches["GD"], "doublings", "exponentially (log2 is linear)", "fig. 3, 10",
          "1.42 (fixed step size), R^2 .993"),
     )):
         layers = torch.arange(1, len(match.best) + 1)
@@ -894,7 +897,7 @@ def rates(study):
                             paper_fit, f"{match.slope:.2f} {brackets(match.slope_interval)}, R^2 {match.r2:.3f}",
                             match.slope, match.is_line))
     axes[1].set_yscale("log", base=2)
-    plus, times = study.newton_match.slope, 2**study.gd_match.slope
+    plus, times = study.matches["Newton"].slope, 2**study.matches["GD"].slope
     picture.suptitle(f"Each layer adds {plus:.1f} steps of Newton, but multiplies the steps of GD by {times:.1f}")
     return picture, numbers, claims
 
@@ -902,7 +905,7 @@ def rates(study):
 @figure
 def progression(study):
     """Fu, figure 7: squared error against the number of examples, layer by layer, beside the matching Newton steps."""
-    best, t = study.newton_match.best.int().tolist(), range(study.config.n + 1)
+    best, t = study.matches["Newton"].best.int().tolist(), range(study.config.n + 1)
     layers, steps, least = study.error(study.layers)[1:], study.error(study.newton)[best], study.error(study.ols)[0]
     picture, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
     for ax, title, word, labels, curves in (
@@ -1111,11 +1114,11 @@ def conditioning(study):
     """Fu, figures 4, 16: what the condition number costs in steps, by similarity and by error."""
     easy, hard = study.variant(kappa=1.0), study.variant(kappa=100.0)
     picture, axes = plt.subplots(1, 2, figsize=(9, 3.8))
-    (k, g), (k_ill, g_ill) = ([m.best[-1].item() for m in (s.newton_match, s.gd_match)] for s in (easy, hard))
+    (k, g), (k_ill, g_ill) = ([m.best[-1].item() for m in s.matches.values()] for s in (easy, hard))
     (newton_1, gd_1), (newton_100, gd_100) = steps_to_equal(easy), steps_to_equal(hard)
     for ax, name, color in zip(axes, ("Newton", "GD"), (BLUE, GREEN)):
         for s, look in ((easy, "o-"), (hard, "s--")):
-            match = s.newton_match if name == "Newton" else s.gd_match
+            match = s.matches[name]
             ax.errorbar(range(1, len(match.best) + 1), match.best, (match.best_interval - match.best).abs(), fmt=look,
                         color=color, capsize=3, label=f"condition number {s.config.kappa:g}")
         ax.set(xlabel="layer", ylabel=f"best-matching step of {name}")
@@ -1123,7 +1126,7 @@ def conditioning(study):
     axes[1].set_yscale("log", base=2)
     picture.suptitle(f"Condition number 100 against 1, last layer: Newton {k_ill:.0f} against {k:.0f} steps, "
                      f"GD {g_ill:.0f} against {g:.0f}")
-    k_bounds, g_bounds = (brackets(m.best_interval[:, -1], 0) for m in (hard.newton_match, hard.gd_match))
+    k_bounds, g_bounds = (brackets(m.best_interval[:, -1], 0) for m in hard.matches.values())
     numbers = {"steps_to_equal": {"isotropic": [newton_1, gd_1], "ill-conditioned": [newton_100, gd_100]}}
     return picture, numbers, [
         Claim("fig. 4", "ill-conditioned: the last layer matches at most 1.5 times as many Newton steps as isotropic",
@@ -1242,8 +1245,8 @@ def filters(study):
     edges = torch.quantile(spectrum.clamp_min(0), torch.linspace(0.02, 1, 11, dtype=torch.float64))  # as many in each
     numbers = {"eigenvalue_edges": edges.tolist()}
     panels = [("Transformer", "layer", layers, layers)]
-    for name, match, counts in (("Newton", study.newton_match, NEWTON_STEPS), ("GD", study.gd_match, GD_STEPS)):
-        best = match.best[layers[0] - 1 :].int().tolist()
+    for name, counts in (("Newton", NEWTON_STEPS), ("GD", GD_STEPS)):
+        best = study.matches[name].best[layers[0] - 1 :].int().tolist()
         panels.append((name, "step", best, [counts.index(k) for k in best]))
     picture, axes = plt.subplots(1, 3, figsize=(11, 3.8), sharey=True)
     for ax, (name, word, labels, rows) in zip(axes, panels):
@@ -2041,6 +2044,7 @@ def identity(config):
 
 
 def checkpoint_path(config):
+    """The file of this configuration's training; its name carries a hash of the identity."""
     key = hashlib.sha256(json.dumps(identity(config)).encode()).hexdigest()[:10]
     return Path(config.checkpoints) / f"{config.model}-d{config.d}-n{config.n}-seed{config.seed}-{key}.pt"
 
@@ -2196,7 +2200,7 @@ def plot_seeds(studies):
     """Best-matching steps against the layer, one line for each seed."""
     picture, axes = plt.subplots(1, 2, figsize=(9, 3.8))
     for study, marker in zip(studies, "os^vD<>p" * len(studies)):
-        for ax, name, match in zip(axes, ("Newton", "GD"), (study.newton_match, study.gd_match)):
+        for ax, (name, match) in zip(axes, study.matches.items()):
             label = f"seed {study.config.seed}: {match.slope:.2f} per layer"
             ax.plot(range(1, len(match.best) + 1), match.best, marker + "-", color=COLOR[name], alpha=0.6, label=label)
             ax.set(xlabel="layer", ylabel=f"best-matching step of {name}")
