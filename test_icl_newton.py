@@ -813,8 +813,50 @@ def test_curriculum_grows_to_the_whole_problem():
 
 def test_training_lowers_the_loss(tmp_path, capsys):
     model = icl_newton.train(tiny_config(d=2, n=4, steps=300, batch=32, width=32, checkpoints=str(tmp_path)))
+    assert model.losses.shape == (300, 5), "one error for each step and prefix"
     assert model.losses[-20:].mean() < 0.75 * model.losses[:20].mean(), "300 steps must have learned something"
+    assert model.losses[-20:, 4].mean() < 0.5 * model.losses[-20:, 0].mean(), "more examples, smaller error"
     assert "300/300" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", ["muon", "fu"])
+def test_a_training_step_descends_the_recipes_loss(recipe):
+    """Fu's recipe makes Adam's first step on the mean squared error; ours descends the mean of its logarithms."""
+    config = tiny_config(recipe=recipe, adam_lr=0.01, steps=200)
+    model, slow = tiny_model(recipe=recipe), tiny_model(recipe=recipe)
+    xs, ys = icl_newton.training_prompts(config, 0, torch.Generator().manual_seed(SEED))
+    losses = [(slow(xs, ys)[:, t] - ys[:, t]).pow(2).mean() for t in range(7)]
+    (sum(losses) if recipe == "fu" else sum(torch.log(x) for x in losses)).div(7).backward()
+    optimizers = icl_newton.make_optimizers(model, config)
+    error = icl_newton.training_step(model, optimizers, config, 0, torch.Generator().manual_seed(SEED))
+    close(error, torch.stack(losses).detach(), "the squared error of every prefix", 1e-5)
+    size = 1e-4  # constant; or the first of 100 steps that warm up to 0.01
+    named = dict(slow.named_parameters())
+    for name, p in model.named_parameters():
+        moved = p.detach() - named[name].detach()
+        gradient = named[name].grad
+        if recipe == "muon" and p.ndim > 2:
+            continue
+        clear = gradient.abs() > 1e-5  # Adam's first step has one size, against the gradient's sign
+        assert clear.any() and torch.allclose(moved[clear], -size * gradient[clear].sign(), rtol=0.02), name
+
+
+def test_what_is_remembered_is_forgotten_when_the_file_changes(tmp_path, monkeypatch):
+    config, calls = tiny_config(checkpoints=str(tmp_path)), []
+
+    def experiment(steps, seed):
+        calls.append(steps)
+        return {"path": torch.arange(3) * steps, "seed": seed}
+
+    first, again = (icl_newton.remember(config, experiment, 5, 1) for _ in range(2))
+    assert calls == [5] and torch.equal(first["path"], again["path"]) and again["seed"] == 1
+    assert icl_newton.remember(config, experiment, 6, 1)["path"][1] == 6, "other arguments, other result"
+    monkeypatch.setattr(icl_newton, "CODE", b"the student changed a line")
+    icl_newton.remember(config, experiment, 5, 1)
+    assert calls == [5, 6, 5], "a result of other code must not be used"
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"damaged")
+    assert icl_newton.remember(config, experiment, 5, 1)["path"][2] == 10
 
 
 class Killed(BaseException):
@@ -1427,7 +1469,7 @@ def test_bad_input_gets_one_line_and_status_2(arguments, word, tmp_path, monkeyp
 def test_presets_are_valid_and_have_an_ill_conditioned_variant(preset):
     config = icl_newton.parse_config(["--preset", preset, "--device", "cpu", "--seed", "7"])
     assert config.seed == 7 and all(getattr(config, k) == v for k, v in icl_newton.PRESETS[preset].items())
-    study = icl_newton.Study(config, icl_newton.Clock())
+    study = icl_newton.Study(config)
     assert study.variant(kappa=100.0).config.kappa == 100 and study.variant(kappa=1.0) is study
 
 
@@ -1459,7 +1501,7 @@ def test_a_quick_run_as_a_user_starts_it(tmp_path):
         "peak_memory_bytes",
     ):
         assert results[key], key
-    assert "300/300" in first.stdout and len(results["claims"]) == first.stdout.count("\n          paper ")
+    assert "500/500" in first.stdout and len(results["claims"]) == first.stdout.count("\n          paper ")
     second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     again = json.loads((out / "results.json").read_text())
     assert second.returncode == 0 and "steps/s" not in second.stdout, "the second run must find its checkpoints"
