@@ -3,19 +3,20 @@
 # dependencies = ["numpy", "torch==2.13.0", "matplotlib"]
 # ///
 """
-Transformers that learn linear regression in context run Newton's method, layer by layer. Watch one do it.
+Do Transformers that learn linear regression in context run Newton's method, layer by layer? Train one and look.
 
 Give a Transformer a prompt x_1, y_1, x_2, y_2, ..., x_{n+1} whose answers come from a hidden linear rule y = w.x that
 changes with every prompt. Trained on enough such prompts, it learns to solve a *new* regression inside one
 forward pass. Which algorithm does it run? Fu, Chen, Jia and Sharan (arXiv 2310.17086, "Fu" below) say: not gradient
-descent. Each layer is worth a fixed number of steps of Iterative Newton, and every Newton step doubles the number of
-correct digits; to keep up, gradient descent needs exponentially many steps. This file trains such a Transformer from
-nothing on two CPU cores in under two minutes, reads a prediction out of every layer, and lays it beside the steps of
+descent. Each layer is worth a fixed number of steps of Iterative Newton, which, once under way, doubles its correct
+digits at every step; to keep up, gradient descent needs exponentially many steps. This file trains such a Transformer
+from nothing on two CPU cores in about a minute, reads a prediction out of every layer, and lays it beside the steps of
 Newton and of gradient descent.
 
     python icl_newton.py                    everything: figures/*.png, figures/results.json and a table of claims
     python icl_newton.py --preset quick     a first look in half a minute: everything shrunk, conclusions too
-    python icl_newton.py --figures rates    one figure, and only the models it needs
+    python icl_newton.py --figures rates    one figure, and only the models it needs. Only by name: recipes (how much
+                                            our training saves), paper_tables, width_sweep, depth_sweep
     python icl_newton.py --help             every setting, with what it does
 
 The idea that keeps the file small: **every learner is a trajectory of predictions** of shape (steps, prompts, n+1).
@@ -27,7 +28,7 @@ What differs from Fu's setting, and why (`--preset laptop` and `paper` take thei
     8 layers of width 64            not 12 of 256, for the same reason
     2,000 training steps            not 500,000: Muon in place of Adam, and the logarithm of each prefix's squared error
                                     in place of the squared error (section 5; `--recipe fu` trains as they do)
-    GD's step size 1/lambda_max(S)  per prefix, not one fixed 0.01: GD at its textbook best, so that the race is fair
+    GD's step size 1/lambda_max(S)  per prefix, not one fixed 0.01: the textbook's safe step, so that the race is fair
     the same norm before every probe   their code normalises only the last layer's state before the readout
 
 Notation (Fu's symbols). Shapes in code put prompts first: (prompts, n+1, d).
@@ -38,8 +39,8 @@ Notation (Fu's symbols). Shapes in code put prompts first: (prompts, n+1, d).
     S = X^T X     = sum_{i<=t} x_i x_i^T, the Gram matrix of a prefix; b = X^T y = sum_{i<=t} y_i x_i
     eta, alpha    step size of gradient descent; start of Newton, M_0 = alpha S
     k, l          a step of an algorithm; a layer of a network
-In code L, K, P, W count layers, steps, prompts and width, and T tokens (in section 10 queries). In section 11 T is
-Newton's matrix; in section 13 K counts features.
+In code L, K, P, W count layers, steps, prompts and width, and T tokens (in section 10 queries). Sections 11 to 13 start
+their letters afresh. Hints and SOLUTION marks belong to the homework; skip them.
 """
 
 import argparse
@@ -156,7 +157,7 @@ def sample_prompts(prompts, n, d, *, kappa=1.0, noise=0.0, generator=None):
         xs = (xs * eigenvalues.sqrt()) @ basis.mT
     w_star = draw(prompts, d, 1)
     ys = (xs @ w_star).squeeze(-1)
-    return xs, ys + noise * draw(prompts, n + 1) if noise else ys
+    return xs, (ys + noise * draw(prompts, n + 1) if noise else ys)
     # END SOLUTION
 
 
@@ -164,10 +165,10 @@ def sample_prompts(prompts, n, d, *, kappa=1.0, noise=0.0, generator=None):
 # ## 3. Three classical learners (Fu, section 3.1)
 #
 # All of them see a prefix only through S = X^T X and b = X^T y, and all prefixes of all prompts are solved at once, in
-# float64.
+# float64. With noise of variance s^2 on y the best linear predictor takes S + s^2 I in place of S: that is `ridge`.
 #
 #     least squares       w = pinv(S) b               the answer; of minimum norm while t < d
-#     gradient descent    w <- w - eta (S w - b)      O(kappa log 1/eps) steps to error eps
+#     gradient descent    w <- w - eta (S w - b)      O(kappa log 1/eps) steps to error eps; kappa is that of S
 #     Iterative Newton    M <- 2M - M S M,  w = M b   O(log kappa + log log 1/eps) steps
 #
 # Newton looks for the inverse of S. Why it doubles its digits takes one line. With the residual R_k = I - S M_k,
@@ -175,7 +176,7 @@ def sample_prompts(prompts, n, d, *, kappa=1.0, noise=0.0, generator=None):
 #     R_{k+1} = I - S (2 M_k - M_k S M_k) = (I - S M_k)^2 = R_k^2,
 #
 # so an error of 10^-3 becomes 10^-6, then 10^-12. (M_k is a polynomial in S, so the two commute. Without noise
-# b = S w*, hence w* - w_k = (I - M_k S) w* = R_k w* on the examples' span: the error is R_k applied to the answer.
+# b = S w*, hence w* - w_k = (I - M_k S) w* = R_k w*: the error is R_k applied to the answer.
 # The log kappa steps are those until even the weakest eigenvector's residual is well below 1.) One step of gradient
 # descent multiplies its error by (I - eta S), always the same factor: a fixed number of steps per digit.
 #
@@ -238,7 +239,7 @@ def spectral_trajectory(xs, ys, residual, steps, w0=None, ridge=0.0):
     w = (1 - left) * solution
     if w0 is not None:
         w = w + left * in_eigenbasis(w0)
-    return predict(w, in_eigenbasis(xs))
+    return predict(w, in_eigenbasis(xs))  # w.x is the same in every basis
 
 
 def gradient_descent(xs, ys, steps, lr=None, w0=None, ridge=0.0):
@@ -378,13 +379,13 @@ MODELS = {"transformer": Transformer}  # Part II adds another
 # squared error needs hundreds of thousands of steps. Two changes make it thousands (`--recipe fu` undoes both):
 #
 # - Each prefix counts by the *logarithm* of its mean squared error. Nobody can answer well before d examples: those
-#   prefixes have errors near 1, and noise to match. After 2d examples errors are a thousand times smaller. In a plain
-#   mean they hardly count, yet they are where an algorithm shows its rate. The optimum is the same, since the best
-#   network minimises every prefix's error at once.
+#   prefixes have errors of order 1, and noise to match. After 2d examples errors are a thousand times smaller. In a
+#   plain mean they hardly count, yet they are where an algorithm shows its rate. For a network large enough to be best
+#   at every prefix the optimum is the same.
 # - Muon (Keller Jordan, 2024) replaces each matrix's momentum G by the nearest orthogonal matrix, so that every
 #   direction is learned at the same speed. To find it, Muon runs a Newton-Schulz iteration, X <- X (a I + b X X^T +
-#   c (X X^T)^2): a relative of the very algorithm we are about to find inside the network. With all matrices of one
-#   shape in one tensor, the iteration runs on all layers at once.
+#   c (X X^T)^2): a relative of the very algorithm we are about to look for inside the network. With all matrices
+#   of one shape in one tensor, the iteration runs on all layers at once.
 
 # %%
 def orthogonalize(G):
@@ -422,16 +423,19 @@ def learning_rate_factor(step, steps, warmup=100):
     return min((step + 1) / warmup, 1) * (steps - step) / steps
 
 
-def training_prompts(config, step, generator):
-    """The fresh prompts of one step: xs (batch, n+1, d), ys (batch, n+1).
+def prompt_size(config, step):
+    """(d, n) of the prompts of a training step.
 
-    A curriculum (Garg et al., 2022) starts with 2 active dimensions, the other entries zero, and 2d + 2 examples, and
-    grows both up to d and n. Without it, training at d = 20 does not get off the ground.
+    A curriculum (Garg et al., 2022) starts with 2 active dimensions and 2d + 2 examples, and grows both up to d and n.
+    Without it, training at d = 20 does not get off the ground.
     """
-    d, n = config.d, config.n
-    if config.curriculum:
-        d = min(2 + step // config.curriculum, config.d)
-        n = min(2 * d + 2, config.n) if d < config.d else config.n
+    d = min(2 + step // config.curriculum, config.d) if config.curriculum else config.d
+    return d, config.n if d == config.d else min(2 * d + 2, config.n)
+
+
+def training_prompts(config, step, generator):
+    """The fresh prompts of one step: xs (batch, n+1, d), ys (batch, n+1). Dimensions that are not active yet are 0."""
+    d, n = prompt_size(config, step)
     xs, ys = sample_prompts(config.batch, n, d, kappa=config.kappa, noise=config.noise, generator=generator)
     return F.pad(xs, (0, config.d - d)), ys
 
@@ -588,10 +592,19 @@ def line_fit(x, y):
 # ## 8. At which rate do the layers converge?
 #
 # The question, put as a number: through the best-matching steps of layers 3, 4, ... goes a line. Its slope is how many
-# Newton steps one layer is worth, R^2 how straight it is. For GD, whose steps multiply, it goes through their log2.
+# Newton steps one layer is worth, R^2 how straight it is. If the match with GD doubles from layer to layer, the log2 of
+# its steps lies on a line; so for GD the line goes through log2.
+#
+# The two slopes are one finding, seen twice. Along an eigenvector k steps of Newton leave (1 - alpha lambda^2)^(2^k),
+# about exp(-alpha lambda^2 2^k), and m steps of GD about exp(-eta lambda m). With alpha = 1/lambda_max^2 and eta =
+# 1/lambda_max both reach equally far down the spectrum when m = 2^(k/2): s Newton steps are s/2 doublings of GD. (Fu's
+# 2.93 and 1.42 agree with that.) What the rates can show is that layers converge *exponentially faster than GD*.
+#
+# The answer is figures/rates.png (`--figures rates`): dots on a line; for GD, dots on a line on a log axis. What it
+# does not show is that a layer computes as Newton does. Part II goes on to ask that.
 
 # %%
-NEWTON_STEPS = list(range(33))  # float64 is safe for about 40
+NEWTON_STEPS = list(range(33))  # float64 is safe for about 40: off the examples' span rounding doubles at every step
 GD_STEPS = sorted({round(2 ** (k / 2)) for k in range(33)})  # 1, 2, 3, 4, 6, 8, 11, 16, ..., 65536
 FIRST_LAYER = 3  # rates are fitted from here on: layers 1 and 2 hardly change the error, in the paper too
 
@@ -659,10 +672,11 @@ def last_layer_similarity(layers, trajectory, ys):
 #
 # Each is one function that returns a trajectory; nothing else changes.
 #
-#     online GD            w <- w + x_i (y_i - w.x_i) / ||x_i||^2, one example at a time, once: the newest always fits
+#     online GD            w <- w + x_i (y_i - w.x_i) / ||x_i||^2, one example at a time, once: the newest always fits.
+#                          (Each step is the projection of w onto the w's that fit example i.)
 #     conjugate gradient   the best step possible with k products S v: exact after d steps. (BFGS, started from the
 #                          identity with exact line search, makes the same steps on a quadratic: CG stands for both.)
-#     Chebyshev            gradient descent with the best possible momentum: sqrt(kappa) steps in place of kappa
+#     Chebyshev            gradient descent with the best momentum fixed in advance: sqrt(kappa) steps, not kappa
 
 # %%
 def online_gradient_descent(xs, ys):
@@ -681,11 +695,11 @@ def conjugate_gradient(xs, ys, steps, ridge=0.0):
     counts = step_counts(steps)
     S, b = prefix_moments(xs, ys, ridge)
     w, residual, direction, weights = torch.zeros_like(b), b, b, []
-    energy = floor = b.square().sum(-1, keepdim=True)  # (prompts, n+1, 1)
+    energy = start = b.square().sum(-1, keepdim=True)  # (prompts, n+1, 1)
     for k in range(counts[-1] + 1):
         if k > 0:
             S_direction = (S @ direction[..., None]).squeeze(-1)
-            solved = energy <= 1e-28 * floor  # nothing left but rounding: stop there
+            solved = energy <= 1e-28 * start  # nothing left but rounding: stop there
             length = energy / (direction * S_direction).sum(-1, keepdim=True)
             w = torch.where(solved, w, w + length * direction)
             residual = torch.where(solved, residual, residual - length * S_direction)
@@ -715,7 +729,8 @@ def chebyshev(xs, ys, steps, ridge=0.0):
 
 
 # %% [markdown]
-# An LSTM is the paper's contrast: trained on the same prompts, just as deep as it likes, it should not have the means.
+# An LSTM is the contrast. It reads the examples once, in order, into a state of fixed size, and cannot go back: more
+# layers should not help.
 
 # %%
 class LSTM(nn.Module):
@@ -765,7 +780,7 @@ def forgetting_error(learner, xs, ys):
 # %% [markdown]
 # ## 10. The weights a layer has in mind
 #
-# A prediction is one number; the w behind it is d numbers. To see it, put T >> d other queries in the place of x_{t+1}
+# A prediction is one number; the w behind it is d numbers. To see it, put T > d other queries in the place of x_{t+1}
 # and fit the w that explains the answers. R^2 of that fit tells whether there is such a w at all: whether the layer's
 # answer is linear in the query. For any learner, as a black box.
 
@@ -933,7 +948,8 @@ def construction(xs, ys, steps, alpha=None, causal=False, printed=False):
 #   least at A = E[H^2]^-1 E[H]. For Gaussian x, E[H] = Sigma and E[H^2] = (n+1)/n Sigma^2 + tr(Sigma)/n Sigma. With
 #   endless examples A is Sigma^-1, a Newton step. With few, it moves less along the small eigenvalues.
 # - Many layers, w ~ N(0, Sigma^-1) (theorem 3). In the coordinates Sigma^-1/2 x, Sigma^1/2 w no direction is special.
-#   So A_l should be a multiple of I there, and a_l Sigma^-1 here. The theorem: such A_l are as good as stationary.
+#   So A_l should be a multiple of I there, and a_l Sigma^-1 here. The theorem: among matrices of that form are points
+#   where the gradient is as small as you like.
 
 # %%
 def linear_attention(Z, P, Q):
@@ -1032,9 +1048,9 @@ def tuned_descent(preconditioner, steps, fitting, test):
 # the loss converges. With p_1 = 1/2, feature 1 is learned at once, but half of every other query's attention rests on
 # it too. An under-represented feature has four phases: (I) B_{k,1} falls, (II) the lead passes to A_k, (III) A_k grows,
 # (IV) convergence. The switch takes K^2 steps: once B is clearly negative, a_1 is about e^B and a_k about e^A / K, so
-# that dB = -eta e^2B / 2K and dA = eta e^A / 2K^2. Integrated, e^-2B = eta t / K and e^-A = 1 - eta t / 2K^2. The rates
-# are equal when e^A = K e^2B, that is at t = 2/3 K^2 / eta, where B = -1/2 log K + 1/2 log 3/2. (That is for K without
-# end. The corrections are of order 1/sqrt(K), and large at K = 16.)
+# that dB = -eta e^(2B) / (2K) and dA = eta e^A / (2 K^2). Integrated, e^(-2B) = eta t / K and e^(-A) = 1 -
+# eta t / (2 K^2). The rates are equal when e^A = K e^(2B), that is at t = 2/3 K^2 / eta, where B = -1/2 log K +
+# 1/2 log 3/2. (That is for K without end. The corrections are of order 1/sqrt(K), and large at K = 16.)
 
 # %%
 def query_losses(Q, counts):
@@ -1119,7 +1135,8 @@ class Study:
 
     def __init__(self, config):
         self.config = config
-        self.ridge = config.noise**2  # under noise the best linear predictor is ridge regression with lambda = noise^2
+        self.ridge = config.noise**2
+        self.variant = functools.cache(self.variant)
 
     model = functools.cached_property(lambda s: train(s.config))
     readouts = functools.cached_property(lambda s: default_readouts(s.model))
@@ -1153,11 +1170,10 @@ class Study:
         """Squared error over d of a trajectory on the test prompts: (steps, n+1)."""
         return squared_error(trajectory, self.prompts[1], self.config.d)
 
-    @functools.cache
     def variant(self, **changes):
         """The study of a configuration with some settings changed; the same changes give the same study."""
-        config = dataclasses.replace(self.config, **changes)
-        return self if config == self.config else Study(config)
+        same = all(getattr(self.config, name) == value for name, value in changes.items())
+        return self if same else Study(dataclasses.replace(self.config, figures="all", **changes))
 
 
 @dataclasses.dataclass
@@ -1328,7 +1344,8 @@ def heatmaps(study):
     ]
 
 
-# Fu's Transformer (d = 20, n = 40, 12 layers): best-matching steps of layers 1..12, from figures 8 and 10 of v3
+# Fu's Transformer (d = 20, n = 40, 12 layers): best-matching steps of layers 1..12, from figures 8 and 10 of v3. Its
+# slopes are of the part that climbs: 2.93 of layers 3 to 9, 1.42 of layers 3 to 10. Ours take all layers from 3 on.
 PAPER = {"Newton": [1, 1, 2, 5, 8, 10, 14, 16, 20, 20, 21, 21],
          "GD": [1, 1, 4, 8, 32, 64, 256, 512, 1024, 4096, 4096, 4096]}
 
@@ -1341,7 +1358,7 @@ def rates(study):
     for ax, (name, match), unit, law, source, paper_fit in zip(
         axes, study.matches.items(), ("steps", "doublings"),
         ("linearly with the layer", "exponentially (log2 is linear)"), ("fig. 3, 8", "fig. 3, 10"),
-        ("2.93, R^2 .995", "1.42 (fixed step size), R^2 .993"),
+        ("2.93, R^2 .995 (layers 3-9)", "1.42, R^2 .993 (layers 3-10, fixed step size)"),
     ):
         layers = torch.arange(match.first, len(match.best) + 1)
         line = match.intercept + match.slope * layers
@@ -1503,8 +1520,8 @@ def weights(study):
     axes[0].set_title("similarity of induced weights")
     plot_family(axes[1], range(1, n + 1), r2[rows, 1:], [f"layer {layer}" for layer in rows],
                 title="is the answer linear in the query?", xlabel="examples in the prompt, t", ylabel="R$^2$")
-    plot_family(axes[2], range(1, d), strayed[rows].mean(1), title="how far do weights leave the span?", yscale="log",
-                xlabel="examples in the prompt, t < d", ylabel="squared length off the span / d")
+    plot_family(axes[2], range(1, min(d, n + 1)), strayed[rows].mean(1), title="how far do weights leave the span?",
+                yscale="log", xlabel="examples in the prompt, t < d", ylabel="squared length off the span / d")
     picture.suptitle(f"Behind the answers a linear rule (R$^2$ {linear[-1]:.3f}) climbs {match.slope:.1f} Newton "
                      "steps per layer")
     numbers = match.numbers() | {"linear_in_query_r2": r2.tolist(), "off_span": strayed.mean(1).tolist()}
@@ -1618,7 +1635,7 @@ PAPER_SIMILARITY = {
         759759886905876846820807801798801799 678677831895910903886873867865867865 610610768858914938934924918916917916
         563563717817897947961954950948947948 536535685786875941972971968966967966 521521666766858932973979978977977977
         513513656755847923971982984982983983 509509652749840917968982986985986986 507507648745836913964980986986987987
-        506505646744834911962979985985987988"""),
+        506505646744834911962979985987988988"""),
 }
 
 
@@ -1676,23 +1693,25 @@ def depth_sweep(study):
 @on_demand
 def recipes(study):
     """What the training recipe saves: error after 2d examples against prompts seen, ours and Fu's, the same model."""
-    t, window = min(2 * study.config.d, study.config.n), 50  # steps whose errors are averaged
+    t, window = min(2 * study.config.d, study.config.n), min(50, study.config.steps)  # steps that are averaged
     picture, ax = plt.subplots(figsize=(6.5, 3.8))
-    seen = {}
+    needed, seen = {}, {}  # None where 1e-2 was not reached; all prompts of the training
     for recipe, label, longer, color in (("muon", "Muon, log of error", 1, BLUE), ("fu", "Adam, 1e-4 (Fu)", 10, GRAY)):
         losses = study.variant(recipe=recipe, steps=longer * study.config.steps).model.losses
         error = F.avg_pool1d(losses[None, :, t], window)[0] / study.config.d
         prompts = [window * study.config.batch * (i + 1) for i in range(len(error))]
-        seen[recipe] = min((p for p, e in zip(prompts, error) if e <= 1e-2), default=math.inf)
+        needed[recipe] = next((p for p, e in zip(prompts, error) if 0 < e <= 1e-2), None)
+        seen[recipe] = prompts[-1]
         ax.loglog(prompts, error, color=color, label=label)
     ax.axhline(1e-2, color="black", linestyle=":", linewidth=1)
     ax.set(xlabel="prompts seen in training", ylabel=f"squared error / d after {t} examples")
     ax.legend()
-    ratio = seen["fu"] / seen["muon"]
-    picture.suptitle(f"Prompts until the error is 1e-2: ours {seen['muon']:,.0f}, Fu's recipe {seen['fu']:,.0f}")
-    return picture, {"prompts_to_1e-2": seen}, [
-        Claim("open", "prompts until the error / d after 2d examples is 1e-2: Fu's recipe over ours, same model",
-              "not asked", f"{seen['fu']:,.0f} over {seen['muon']:,.0f}: {ratio:.1f} times as many", ratio)]
+    ours, fus = (f"{needed[name]:,}" if needed[name] else f"more than {seen[name]:,}" for name in ("muon", "fu"))
+    picture.suptitle(f"Prompts until the error is 1e-2: ours {ours}, Fu's recipe {fus}")
+    ratio = (needed["fu"] or seen["fu"]) / needed["muon"] if needed["muon"] else math.nan
+    return picture, {"prompts_to_1e-2": needed, "prompts_seen": seen}, [
+        Claim("open", f"prompts until the error / d after {t} examples is 1e-2: Fu's recipe over ours, same model",
+              "not asked", f"{fus} over {ours}: {'' if needed['fu'] else 'more than '}{ratio:.1f} times", ratio)]
 
 # %% [markdown]
 # ## 17. The figures of Part III
@@ -1979,12 +1998,13 @@ def write_homework(folder):
     Each answer becomes a NotImplementedError that names its exercise; the part of the tests "For lecturers" stays out.
     Raises ValueError if the folder has work in it.
     """
-    folder, source = Path(folder), Path(__file__)
+    folder, this_file = Path(folder).resolve(), Path(__file__)
+    lecturers = folder.with_name(folder.name + "-LECTURERS.md")
     if not ANSWERS:
         raise ValueError("--homework needs the lecturer's icl_newton.py; in this one the answers are cut out")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--homework: {folder} has work in it; nothing was written")
-    text, numbers = source.read_text("utf-8"), {name: number for number, name, *_ in EXERCISES}
+    if lecturers.exists() or folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--homework: {folder} has work in it, or {lecturers.name} exists; nothing was written")
+    text, numbers = this_file.read_text("utf-8"), {name: number for number, name, *_ in EXERCISES}
     numbers |= {"error_cosines": 8, "best_match": 8}
 
     def blank(answer):  # in a function, an exception; at the top level, nothing
@@ -1992,7 +2012,7 @@ def write_homework(folder):
         return f'    raise NotImplementedError("exercise {numbers[name]}: {name}")\n' if answer[1] else ""
 
     student = re.sub(r"^( *)# BEGIN SOLUTION\n.*?# END SOLUTION\n", blank, text, flags=re.MULTILINE | re.DOTALL)
-    tests = source.with_name("test_icl_newton.py").read_text("utf-8").split("# For lecturers")[0].rstrip("#- \n") + "\n"
+    tests = this_file.with_name("test_icl_newton.py").read_text("utf-8").split("# For lecturers")[0].rstrip("#- \n")
     table = "| exercise | function | idea | equation | minutes | difficulty | points | test |\n|" + "---|" * 8 + "\n"
     table += "".join(f"| {' | '.join(map(str, row))} | pytest -k ex{row[0]:02} |\n" for row in EXERCISES)
     questions = "".join(f"{i}. {question}\n" for i, question in enumerate(QUESTIONS, start=1))
@@ -2014,8 +2034,7 @@ The tests of one exercise do not need the others. A failing test prints ICL_SEED
 
 {questions}"""
     folder.mkdir(parents=True, exist_ok=True)
-    lecturers = folder.with_name(folder.name + "-LECTURERS.md")
-    for path, content in ((folder / "icl_newton.py", student), (folder / "test_icl_newton.py", tests),
+    for path, content in ((folder / "icl_newton.py", student), (folder / "test_icl_newton.py", tests + "\n"),
                           (folder / "ASSIGNMENT.md", sheet),
                           (lecturers, f"# For lecturers\n\n{table}\n## Questions, with answers\n\n{answers}")):
         path.write_text(content, "utf-8")
@@ -2028,17 +2047,28 @@ The tests of one exercise do not need the others. A failing test prints ICL_SEED
 # The training loop with its checkpoints, the command line, and the table at the end. Nothing to learn here.
 
 # %%
-# This file as it was when the program started; a notebook has none, and remembers nothing.
+def source(*objects):
+    """The program text of functions and classes; nothing where Python has none to show."""
+    try:
+        return "".join(map(inspect.getsource, objects))
+    except (OSError, TypeError):
+        return ""
+
+
+# The program as it was at the start: somebody may edit the file while it runs. A notebook has no file, and remembers
+# nothing.
 CODE = Path(__file__).read_bytes() if "__file__" in globals() else os.urandom(8)
+TRAINING_CODE = source(sample_prompts, interleave, normalize, causal_attention, *MODELS.values(), orthogonalize, Muon,
+                       learning_rate_factor, prompt_size, training_prompts, make_optimizers, training_step)
 
 
-def flops_per_step(config):
-    """Floating-point operations of a Transformer's training step at full d and n, in matrix products only: forward,
-    backward and Muon."""
-    W, T = config.width, 2 * config.n + 1
-    forward = config.layers * config.batch * T * (2 * 8 * W**2 + 4 * T * W)  # weights, and attention's T x T
+def training_flops(config):
+    """Floating-point operations of a Transformer's whole training, in matrix products only: forward, backward, Muon."""
+    W, tokens = config.width, torch.tensor([2 * prompt_size(config, step)[1] + 1 for step in range(config.steps)])
+    weights, attention = 2 * 8 * W**2, 4 * tokens.double() * W  # per token, layer and prompt; attention sees all tokens
+    forward = config.layers * config.batch * (tokens * (weights + attention)).sum().item()
     muon = config.layers * 5 * (4 * 6 * W**3 + 2 * 10 * W**3)  # four square matrices, two of 2W x W; five iterations
-    return 3 * forward + muon  # the backward pass multiplies each matrix twice
+    return 3 * forward + config.steps * muon * (config.recipe == "muon")  # backward multiplies each matrix twice
 
 
 def matmul_rate(size=2048, repeats=4):
@@ -2052,9 +2082,10 @@ def matmul_rate(size=2048, repeats=4):
 
 
 def identity(config):
-    """What a checkpoint is found by: the format of the file, and the settings that decide the trained weights."""
+    """What a checkpoint is found by: the settings and the code that decide the trained weights."""
     names = "d n kappa noise model layers width heads steps batch muon_lr adam_lr curriculum recipe seed".split()
-    return {"format": 3} | {name: getattr(config, name) for name in names}
+    code = hashlib.sha256(TRAINING_CODE.encode()).hexdigest()
+    return {"code": code} | {name: getattr(config, name) for name in names}
 
 
 def checkpoint_path(config):
@@ -2148,7 +2179,8 @@ def train(config):
                 bad = finite.int().argmin().item() + 1
                 raise FloatingPointError(f"the loss is not finite at step {bad}; try a smaller --muon_lr or --adam_lr")
             seconds = time.perf_counter() - start
-            show_progress(config, done, losses[max(done - 50, 0) : done].mean().item(), seconds / done)
+            recent = losses[max(done - 50, 0) : done]
+            show_progress(config, done, recent[recent > 0].mean().item(), seconds / done)
         if save:
             state = dict(identity=identity(config), device=device.type, done=done, seconds=seconds, losses=losses,
                          parts=[part.state_dict() for part in parts], generator=generator.get_state())
@@ -2172,12 +2204,17 @@ def check(config):
             raise ValueError(f"--{name} must be a positive number{' or 0' * may_be_zero}, not {value}")
     chosen = config.figures.split(",") if config.figures != "all" else []
     cuda_missing = config.device == "cuda" and not torch.cuda.is_available()
-    not_fu = (config.d, config.n, config.noise) != (20, 40, 0)  # variants may have another kappa
+    not_fu = (config.d, config.n, config.kappa, config.noise) != (20, 40, 1, 0)
+    heads_wrong = config.width % config.heads or config.width == config.heads
+    too_short = 0 < config.steps <= config.curriculum * (config.d - 2)
     for wrong, message in (
-        (config.width % config.heads, f"--heads must divide --width, not {config.heads} and {config.width}"),
+        (heads_wrong, f"--heads must divide --width, and be smaller; not {config.heads} and {config.width}"),
+        (too_short, f"--steps {config.steps} end before the curriculum does; --curriculum 0 goes without"),
+        (config.seed > 10**12, f"--seed is at most 10^12, not {config.seed}"),
+        (len(set(chosen)) < len(chosen), f"--figures names a figure twice: {config.figures}"),
         (config.kappa < 1, f"--kappa is at least 1, not {config.kappa}"),
         (set(chosen) - set(FIGURES), f"--figures is all, or some of {', '.join(FIGURES)}; not {config.figures}"),
-        ("paper_tables" in chosen and not_fu, "--figures paper_tables needs Fu's problem: --d 20 --n 40"),
+        ("paper_tables" in chosen and not_fu, "--figures paper_tables needs --d 20 --n 40, no kappa and no noise"),
         (config.model not in MODELS, f"--model is one of {', '.join(MODELS)}, not {config.model}"),
         (config.recipe not in ("muon", "fu"), f"--recipe is muon or fu, not {config.recipe}"),
         (config.device not in ("auto", "cpu", "cuda"), f"--device is auto, cpu or cuda, not {config.device}"),
@@ -2237,7 +2274,8 @@ def describe(study):
     if "model" not in vars(study):
         return {}
     config, seconds, error = study.config, study.model.training_seconds, study.error(study.layers)[-1]
-    return {"training_seconds": seconds, "training_flops_per_second": config.steps * flops_per_step(config) / seconds,
+    rate = training_flops(config) / seconds if config.model == "transformer" else None
+    return {"training_seconds": seconds, "training_flops_per_second": rate,
             "error_over_d_after_2d_examples": error[min(2 * config.d, config.n)].item(),
             "error_over_d_after_n_examples": error[config.n].item()}
 
@@ -2246,11 +2284,13 @@ def run(config):
     """Make the figures that the configuration asks for, write results.json, and print the table of claims."""
     fast, out = matmul_rate(), Path(config.out)
     names = [f for f in FIGURES if f not in ON_DEMAND] if config.figures == "all" else config.figures.split(",")
-    models = bool(set(names) - NEED_NO_MODEL) + any("_ill" in f or f == "conditioning" for f in names)
-    per_step = max(flops_per_step(config) / (0.4 * fast), 0.002 * config.layers)  # small models wait for Python
-    seconds = config.seeds * (models * config.steps * per_step + 2 * len(names))
+    ill = {name for name in names if name.endswith("_ill") or name == "conditioning"}
+    models = bool(set(names) - NEED_NO_MODEL - ill | {"conditioning"} & ill) + bool(ill)
+    models += sum({"recipes": 10, "width_sweep": 2, "depth_sweep": 2}.get(name, 0) for name in names)
+    training = max(training_flops(config) / (0.4 * fast), config.steps * 0.002 * config.layers)  # small: Python's time
+    estimate = config.seeds * (models * training + 2 * len(names))
     print(f"Draws {', '.join(names)} into {out}/, and trains the models they need (d = {config.d}, n = {config.n}).")
-    on_cpu = f"; without checkpoints it takes about {seconds:.0f} s" * (config.torch_device.type == "cpu")
+    on_cpu = f"; without checkpoints it takes about {estimate:.0f} s" * (config.torch_device.type == "cpu")
     print(f"Device {config.torch_device}, {torch.get_num_threads()} threads, {fast / 1e9:.0f} GFLOP/s in a large "
           f"matrix product{on_cpu}.")
 
@@ -2304,11 +2344,11 @@ def main(arguments=None):
         print(f"icl_newton: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nicl_newton: stopped; the same command continues from the last checkpoint in {config.checkpoints}/",
+        print(f"\nicl_newton: stopped; the same command goes on where {config.checkpoints}/ has a checkpoint",
               file=sys.stderr)
         return 130
     return 0
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # in a notebook: run(Config(figures="rates"))
     sys.exit(main())

@@ -956,6 +956,17 @@ def test_match_layers_finds_planted_steps():
     assert match.best.tolist() == [2, 4, 6, 8, 10, 12, 14], "the L2 distance must find itself, too"
 
 
+@pytest.mark.parametrize("name", ["Newton", "GD"])
+def test_the_papers_tables_agree_with_its_best_matches(name):
+    """Copied digits: the largest entry of each layer's column must stand at the step that the paper calls best."""
+    counts, text = icl_newton.PAPER_SIMILARITY[name]
+    table = np.array([[int(row[i : i + 3]) for i in range(0, 36, 3)] for row in text.split()])
+    assert table.shape == (len(counts), 12)
+    best = [max(c for c, x in zip(counts, column) if x == column.max()) for column in table.T]
+    first = [min(c for c, x in zip(counts, column) if x == column.max()) for column in table.T]
+    assert all(a <= b <= c for a, b, c in zip(first, icl_newton.PAPER[name], best)), "a digit was copied wrongly"
+
+
 def test_squared_error_of_predicting_zero_is_one():
     xs, ys = icl_newton.sample_prompts(4000, 6, 3)
     error = icl_newton.squared_error(torch.zeros(1, 4000, 7), ys, 3)
