@@ -1263,7 +1263,7 @@ def solvers(study):
     picture, axes = plt.subplots(1, 2, figsize=(8.5, 3.6), sharey=True)
     numbers, needed = {"gd_steps": GD_STEPS, "newton_steps": NEWTON_STEPS}, {}
     for ax, kappa in zip(axes, (1.0, 100.0)):
-        xs, ys = fresh_prompts(dataclasses.replace(study.config, kappa=kappa), 512, seed=3)
+        xs, ys = fresh_prompts(study.variant(kappa=kappa).config, 512, seed=3)
         for name, steps, solver in (("GD", GD_STEPS, gradient_descent), ("Newton", NEWTON_STEPS, newton)):
             error = squared_error(solver(xs, ys, steps, ridge=study.ridge), ys, d)[:, n]
             numbers[f"{name}_error_kappa_{kappa:g}"] = error.tolist()
@@ -1746,7 +1746,7 @@ def by_hand(study):
     left.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.1), handlelength=1.5)
 
     for kappa, color in ((1.0, VERMILLION), (100.0, "black")):
-        xs, ys = fresh_prompts(dataclasses.replace(study.config, kappa=kappa), count, seed=4)
+        xs, ys = fresh_prompts(study.variant(kappa=kappa).config, count, seed=4)
         S, _ = prefix_moments(xs, ys)
         target = newton(xs, ys, ks, 1 / torch.linalg.matrix_norm(S @ S).max())
         for printed in (True, False):

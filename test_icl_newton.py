@@ -1477,11 +1477,14 @@ def test_bad_input_gets_one_line_and_status_2(arguments, word, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("preset", icl_newton.PRESETS)
-def test_presets_are_valid_and_have_an_ill_conditioned_variant(preset):
+def test_presets_are_valid_and_have_an_ill_conditioned_variant(preset, monkeypatch):
     config = icl_newton.parse_config(["--preset", preset, "--device", "cpu", "--seed", "7"])
     assert config.seed == 7 and all(getattr(config, k) == v for k, v in icl_newton.PRESETS[preset].items())
     study = icl_newton.Study(config)
     assert study.variant(kappa=100.0).config.kappa == 100 and study.variant(kappa=1.0) is study
+    monkeypatch.setattr(icl_newton, "fresh_prompts", lambda c, count, seed: icl_newton.sample_prompts(8, c.n, c.d))
+    _, numbers, _ = icl_newton.FIGURES["solvers"](study)
+    assert numbers["Newton_error_kappa_100"][-1] < 1e-6, "the first figure, at the preset's size"
 
 
 def test_every_setting_has_a_flag_and_help(capsys):
