@@ -711,6 +711,14 @@ def test_bfgs_with_exact_line_search_makes_cg_steps():
     )
 
 
+def test_chebyshev_solves_prefixes_shorter_than_d():
+    """While t < d some eigenvalues of S are 0. They take no part: the minimum-norm solution is reached all the same."""
+    xs, ys = some_prompts(prompts=3, n=4, d=5)
+    expected = slow_solution_weights(xs, ys, lambda X, y: np.linalg.pinv(X) @ y if len(X) else np.zeros(5))
+    answers = torch.einsum("ptd,ptd->pt", expected, xs)
+    close(icl_newton.chebyshev(xs, ys, [10**6])[0], answers, "the smallest eigenvalue is the smallest above 0", 1e-6)
+
+
 def test_chebyshev_rate_on_a_planted_spectrum():
     """After k steps the worst error is 1/T_k(z_0), and it is attained at both ends of the spectrum."""
     d, k = 4, random.randint(2, 12)
@@ -801,6 +809,15 @@ def test_readouts_recover_a_planted_layer_readout():
     close(predictions, torch.tensor(expected), "each layer predicts with its own least-squares readout", 1e-3)
 
 
+def test_probes_comparisons_and_training_never_share_prompts():
+    config = tiny_config()
+    drawn = [icl_newton.fresh_prompts(config, 8, seed=k)[0] for k in (1, 2)]
+    drawn += [icl_newton.fresh_prompts(tiny_config(seed=2), 8, seed=1)[0]]
+    drawn += [icl_newton.training_prompts(config, 0, torch.Generator().manual_seed(k))[0] for k in (1, 2)]
+    assert len({round(xs[0, 0, 0].item(), 9) for xs in drawn}) == 5, "the same prompts were drawn twice"
+    assert torch.equal(drawn[0], icl_newton.fresh_prompts(config, 8, seed=1)[0]), "the same seed, the same prompts"
+
+
 def test_curriculum_grows_to_the_whole_problem():
     config = tiny_config(d=5, n=10, curriculum=3)
     active = []
@@ -886,6 +903,19 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, monkeypatch, capsys):
     assert not calls, "a third run must train nothing"
 
 
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_text("old")
+
+    def killed_halfway(temporary):
+        temporary.write_text("ne")
+        raise Killed
+
+    with pytest.raises(Killed):
+        icl_newton.save_atomically(killed_halfway, path)
+    assert path.read_text() == "old", "write beside the file, then move"
+
+
 def test_a_damaged_checkpoint_is_kept_and_reported(tmp_path, capsys):
     config = tiny_config(checkpoints=str(tmp_path))
     good = icl_newton.train(config)
@@ -937,6 +967,13 @@ def test_bootstrap_intervals_cover_a_planted_mean():
         low, high = icl_newton.interval(icl_newton.bootstrap(torch.randn(1, 100, dtype=torch.float64) + 3.0, 400))
         covered += bool(low[0] <= 3.0 <= high[0])
     assert 0.87 <= covered / rounds <= 0.99, f"95% intervals cover the truth in {covered} of {rounds}"
+
+
+def test_bootstraps_of_two_learners_are_paired():
+    """Two learners that differ by a constant on every prompt: the difference of their bootstraps has no spread."""
+    values = torch.randn(50, dtype=torch.float64)
+    difference = icl_newton.bootstrap(values + 0.01, 100) - icl_newton.bootstrap(values, 100)
+    assert (difference - 0.01).abs().max() < 1e-12, "each call must draw the same resamples"
 
 
 def test_match_layers_finds_planted_steps():
@@ -1470,6 +1507,7 @@ def test_lead_steps_compare_speeds():
 def test_bad_input_gets_one_line_and_status_2(arguments, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a_file").write_text("mine")
+    monkeypatch.setattr(icl_newton, "run", lambda config: pytest.fail("bad input was taken for good"))
     status = icl_newton.main([a.format(tmp=tmp_path) for a in arguments])
     out, err = capsys.readouterr()
     assert status == 2 and err.count("\n") == 1 and word in err, f"status {status}, stderr {err!r}"
