@@ -1549,7 +1549,7 @@ def test_a_quick_run_as_a_user_starts_it(tmp_path):
         "claims",
         "config",
         "training_flops_per_second",
-        "matrix_product_flops_per_second",
+        "cpu_matrix_product_flops_per_second",
         "peak_memory_bytes",
     ):
         assert results[key], key
