@@ -19,6 +19,8 @@ Newton and of gradient descent.
                                             our training saves), paper_tables, width_sweep, depth_sweep
     python icl_newton.py --help             every setting, with what it does
 
+Parts I to III are the chapter. Part IV draws the figures; homework and command line come last.
+
 The idea that keeps the file small: **every learner is a trajectory of predictions** of shape (steps, prompts, n+1).
 Newton's steps, gradient descent's steps, a Transformer's layers: one error curve, one similarity and one best match
 serve them all.
@@ -1277,6 +1279,16 @@ def solvers(study):
     return picture, numbers, []
 
 
+def steps_to_equal(study):
+    """How many steps Newton and GD need to be as good as the last layer after n examples; inf if more than we tried."""
+    goal = study.error(study.layers)[-1, -1]
+
+    def first(counts, run):
+        return min((k for k, error in zip(counts, study.error(run)[:, -1]) if error <= goal), default=math.inf)
+
+    return first(NEWTON_STEPS, study.newton), first(GD_STEPS, study.gd)
+
+
 @figure
 def convergence(study):
     """Fu, figure 2: squared error against layers, Newton's steps and gradient descent's steps."""
@@ -1296,7 +1308,8 @@ def convergence(study):
     axes[2].set_xscale("log")
     for ax in axes:
         ax.legend(title="after t examples", loc="lower left")
-    picture.suptitle("Error by layer and by step: Transformer and Newton on linear axes, GD on a logarithmic one")
+    k, m = steps_to_equal(study)
+    picture.suptitle(f"After {n} examples {L} layers are as good as {k} steps of Newton, or {m} of GD (on a log axis)")
 
     # Superlinear convergence gains more digits per layer in the later half of the layers than in the earlier half.
     first = min(FIRST_LAYER, L) - 1
@@ -1410,16 +1423,6 @@ def ill_conditioned(name, study):
 
 for name in ("convergence", "heatmaps", "rates"):  # Fu, figures 4 and 15 to 17
     FIGURES[f"{name}_ill"] = functools.partial(ill_conditioned, name)
-
-
-def steps_to_equal(study):
-    """How many steps Newton and GD need to be as good as the last layer after n examples; inf if more than we tried."""
-    goal = study.error(study.layers)[-1, -1]
-
-    def first(counts, run):
-        return min((k for k, error in zip(counts, study.error(run)[:, -1]) if error <= goal), default=math.inf)
-
-    return first(NEWTON_STEPS, study.newton), first(GD_STEPS, study.gd)
 
 
 @figure
