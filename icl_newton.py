@@ -63,6 +63,7 @@ import re
 import sys
 import tempfile
 import time
+import timeit
 from pathlib import Path
 
 import matplotlib
@@ -1661,9 +1662,10 @@ def paper_tables(study):
     return picture, numbers, claims
 
 
-def sweep(study, field, values):
-    """One model for each value of a setting up to the study's: the error by layer, and the last layer's."""
-    n, values = study.config.n, [v for v in values if v <= getattr(study.config, field)]
+def sweep(study, field, sizes):
+    """One model for each value of a setting, up to the study's own: the error by layer, and the last layer's."""
+    n, own = study.config.n, getattr(study.config, field)
+    values = sorted({size for size in sizes if size < own} | {own})
     errors = [s.error(s.layers)[:, n] for s in (study.variant(**{field: value}) for value in values)]
     last = [error[-1].item() for error in errors]
     picture, (ax, end) = plt.subplots(1, 2, figsize=(9, 3.8))
@@ -1676,16 +1678,9 @@ def sweep(study, field, values):
     return picture, {"last_layer_error": dict(zip(values, last))}, []
 
 
-@figure
-def width_sweep(study):
-    """Fu, figure 6: models of several widths."""
-    return sweep(study, "width", sorted({study.config.heads * w for w in (4, 8, 16, 32, 64)} | {study.config.width}))
-
-
-@figure
-def depth_sweep(study):
-    """Models of several depths."""
-    return sweep(study, "layers", sorted({2, 4, 6, 8, 12, study.config.layers}))
+# Fu, figure 6; and the same for depth
+FIGURES["width_sweep"] = lambda study: sweep(study, "width", [study.config.heads * w for w in (4, 8, 16, 32, 64)])
+FIGURES["depth_sweep"] = lambda study: sweep(study, "layers", [2, 4, 6, 8, 12])
 
 
 @figure
@@ -1707,10 +1702,10 @@ def recipes(study):
     ax.legend()
     ours, fus = (f"{needed[name]:,}" if needed[name] else f"more than {seen[name]:,}" for name in ("muon", "fu"))
     picture.suptitle(f"Prompts until the error is 1e-2: ours {ours}, Fu's recipe {fus}")
-    ratio = (needed["fu"] or seen["fu"]) / needed["muon"] if needed["muon"] else math.nan
+    ratio = (needed["fu"] or seen["fu"]) / needed["muon"] if needed["muon"] else math.nan  # or a lower bound
     return picture, {"prompts_to_1e-2": needed, "prompts_seen": seen}, [
         Claim("open", f"prompts until the error / d after {t} examples is 1e-2: Fu's recipe over ours, same model",
-              "not asked", f"{fus} over {ours}: {'' if needed['fu'] else 'more than '}{ratio:.1f} times", ratio)]
+              "not asked", f"{fus} over {ours}" + f", ratio {ratio:.1f}" * (ratio > 0), ratio)]
 
 # %% [markdown]
 # ## 17. The figures of Part III
@@ -2070,14 +2065,10 @@ def training_flops(config):
     return 3 * forward + config.steps * muon * (config.recipe == "muon")  # backward multiplies each matrix twice
 
 
-def matmul_rate(size=2048, repeats=4):
+def matmul_rate(size=2048):
     """Floating-point operations per second of a large float32 matrix product on the CPU: the best of a few."""
-    a, seconds = torch.randn(size, size), []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    a = torch.randn(size, size)
+    return 2 * size**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=4))
 
 
 def identity(config):
