@@ -1206,11 +1206,18 @@ def test_a_causal_mask_breaks_the_identity():
 
 
 def test_correction_3_printed_order_doubles_rounding():
-    xs, ys = prompts(16, 10, 5)
-    target = icl_newton.construction(xs, ys, [0, 30])
-    printed = icl_newton.construction(xs, ys, [0, 30], printed=True)
-    gap = (printed - target).abs().amax((1, 2)) / ys.square().mean().sqrt()
-    assert gap[0] == 0 and 1e-10 < gap[1] < 1e-4, "T S T^T is T S T until 2^30 times the rounding error shows"
+    """Both orders against Newton's own iteration: only the printed one lets its rounding grow."""
+    (xs, ys), steps = prompts(16, 10, 5), [0, 30]
+    alpha = safe_alpha(xs)
+    target = icl_newton.newton(xs, ys, steps, alpha=alpha)
+    for printed in (False, True):
+        answers = icl_newton.construction(xs, ys, steps, alpha=alpha, printed=printed)
+        gap = (answers - target).abs().amax((1, 2)) / ys.square().mean().sqrt()
+        assert gap[0] < 1e-14, "before the first Newton layer there is no T x to take in the wrong order"
+        if printed:
+            assert 1e-9 < gap[1] < 1e-4, "T S T^T is T S T until 2^30 times the rounding error shows"
+        else:
+            assert gap[1] < 1e-9, "T S T forgets an antisymmetric error"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
