@@ -28,7 +28,7 @@ serve them all.
 What it finds: a layer is worth about 3 steps of Newton, on a straight line (three seeds at d = 5; at Fu's own d = 20,
 of two seeds, 2.6, and 2.2 on a line that flattens). So layers do converge exponentially faster than gradient descent.
 But they are as *similar* to one as to the other, each at its best step; and in how they treat the eigenvalues of the
-data (seen at d = 5) they are nearer to gradient descent. The table that ends a run has all claims, also those that fail.
+data (seen at d = 5) they are nearer to gradient descent. The table that ends a run has all claims, failed ones too.
 
 What differs from Fu's setting, and why (`--preset laptop` and `paper` take their d, n; `paper` their model size too):
     d = 5, n = 10, not 20, 40       the same picture in a minute, not in 23 (`--preset laptop`)
