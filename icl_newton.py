@@ -632,11 +632,6 @@ class Match:
     r2: float
 
     @property
-    def slope_text(self):
-        """The slope's interval as text."""
-        return "[{:.2f}, {:.2f}]".format(*self.slope_interval)
-
-    @property
     def is_line(self):
         """Whether the matches climb on a line: R^2 at least .95, slope above 0. None where two points make the line."""
         return self.r2 >= 0.95 and self.slope_interval[0] > 0 if len(self.best) - self.first >= 2 else None
@@ -1207,10 +1202,14 @@ def figure(function):
     return function
 
 
+def brackets(ends, digits=2):
+    """An interval as text."""
+    return f"[{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+
+
 def bounds(samples, digits=2):
     """The 95% interval of bootstrap samples (rounds,), as text."""
-    low, high = interval(samples).tolist()
-    return f"[{low:.{digits}f}, {high:.{digits}f}]"
+    return brackets(interval(samples), digits)
 
 
 # Okabe and Ito's palette, safe for all eyes. A learner has the same colour everywhere.
@@ -1224,14 +1223,14 @@ plt.rcParams.update({
     "figure.constrained_layout.use": True, "lines.linewidth": 1.8, "lines.markersize": 4, "image.cmap": "cividis"})
 
 
-def plot_family(ax, x, curves, labels=(), **settings):
-    """An ordered family of curves over x (None: 0, 1, ...), from dark to light, and settings of the axes."""
+def plot_family(ax, x, curves, labels=(), legend=None, **settings):
+    """An ordered family of curves over x (None: 0, 1, ...), from dark to light, and settings of legend and axes."""
     for i, curve in enumerate(curves):
         color = plt.get_cmap("viridis")(0.9 * i / max(len(curves) - 1, 1))
         ax.plot(range(len(curve)) if x is None else x, curve, "o-", color=color, label=labels[i] if labels else None)
     ax.set(**settings)
     if labels:
-        ax.legend(fontsize=7, ncols=2 if len(labels) > 5 else 1)
+        ax.legend(**{"fontsize": 7, "ncols": 2 if len(labels) > 5 else 1} | (legend or {}))
 
 
 def plot_matches(ax, match, **look):
@@ -1303,12 +1302,11 @@ def convergence(study):
     )):
         error = study.error(trajectory)
         numbers[name] = {"steps": steps, "error": error.tolist()}
-        plot_family(ax, steps, error[:, lengths].T.clamp_min(FLOOR), [f"t = {t}" for t in lengths], title=name,
-                    xlabel=unit, yscale="log", ylim=(FLOOR, 3))
+        plot_family(ax, steps, error[:, lengths].T.clamp_min(FLOOR), [f"t = {t}" for t in lengths],
+                    dict(title="after t examples", loc="lower left", fontsize=8, ncols=1), title=name, xlabel=unit,
+                    yscale="log", ylim=(FLOOR, 3))
     axes[0].set_ylabel("squared error / d")
     axes[2].set_xscale("log")
-    for ax in axes:
-        ax.legend(title="after t examples", loc="lower left")
     k, m = steps_to_equal(study)
     picture.suptitle(f"After {n} examples {L} layers are as good as {k} steps of Newton, or {m} of GD (on a log axis)")
 
@@ -1342,7 +1340,7 @@ def heatmaps(study):
         image = plot_similarity(ax, match.similarity, match.counts, match.best, match.best_interval, label)
         numbers[name] = {"steps": match.counts.tolist(), "similarity": match.similarity.tolist()}
     picture.colorbar(image, ax=axes, label="similarity of errors", shrink=0.9)
-    picture.suptitle("Which step is a layer most like? Best matches (dots); what other prompts would say (bars)")
+    picture.suptitle("Which step is a layer most like? (bars: what other prompts would say)")
 
     learners = {"OLS": study.ols, "Newton": study.newton, "GD": study.gd}
     last = {name: last_layer_similarity(study.layers, run, study.prompts[1]) for name, run in learners.items()}
@@ -1377,14 +1375,14 @@ def rates(study):
         line = match.intercept + match.slope * layers
         ax.plot(range(1, 13), PAPER[name], "s--", color=COLOR["paper"], linewidth=1, label="Fu: d = 20, 12 layers")
         ax.plot(layers, line if name == "Newton" else 2**line, color=COLOR[name], alpha=0.4,
-                label=f"{match.slope:.2f} {unit} per layer {match.slope_text}")
+                label=f"{match.slope:.2f} {unit} per layer {brackets(match.slope_interval)}")
         plot_matches(ax, match, fmt="o", color=COLOR[name], label="best match, 95% over prompts")
         ax.set(xlabel="layer", ylabel=f"best-matching step of {name}",
                title=f"{match.slope:.1f} {unit} of {name} per layer (R$^2$ = {match.r2:.3f})")
         ax.legend(loc="lower right")
         numbers[name] = match.numbers() | {"paper": PAPER[name]}
         claims.append(Claim(source, f"best-matching {name} steps grow {law}: R^2 at least .95, slope above 0",
-                            paper_fit, f"{match.slope:.2f} {match.slope_text}, R^2 {match.r2:.3f}",
+                            paper_fit, f"{match.slope:.2f} {brackets(match.slope_interval)}, R^2 {match.r2:.3f}",
                             match.slope, match.is_line))
     axes[1].set_yscale("log", base=2)
     plus, times = study.matches["Newton"].slope, 2**study.matches["GD"].slope
@@ -1403,9 +1401,8 @@ def progression(study):
         (axes[1], "best-matching steps of Newton", [f"step {k}" for k in best], steps),
     ):
         ax.plot(t, least.clamp_min(FLOOR), ":", color=COLOR["OLS"], label="least squares")
-        plot_family(ax, t, curves.clamp_min(FLOOR), labels, title=title, xlabel="examples in the prompt, t",
-                    yscale="log", ylim=(FLOOR, 3), xticks=t[:: max(len(t) // 10, 1)])
-        ax.legend(fontsize=7, ncols=2, loc="lower left")
+        plot_family(ax, t, curves.clamp_min(FLOOR), labels, dict(ncols=2, loc="lower left"), title=title, yscale="log",
+                    xlabel="examples in the prompt, t", ylim=(FLOOR, 3), xticks=t[:: max(len(t) // 10, 1)])
     axes[0].set_ylabel("squared error / d")
     picture.suptitle("Error by number of examples: each layer, and the Newton step it resembles most")
     numbers = {"layers": layers.tolist(), "newton": steps.tolist(), "ols": least.tolist(), "best_newton_steps": best}
@@ -1441,7 +1438,7 @@ def conditioning(study):
     axes[1].set_yscale("log", base=2)
     picture.suptitle(f"Condition number 100 against 1, last layer: Newton {k_ill:.0f} against {k:.0f} steps, "
                      f"GD {g_ill:.0f} against {g:.0f}")
-    k_text, g_text = ("[{:.0f}, {:.0f}]".format(*m.best_interval[:, -1]) for m in hard.matches.values())
+    k_text, g_text = (brackets(m.best_interval[:, -1], 0) for m in hard.matches.values())
     numbers = {"steps_to_equal": {"isotropic": [newton_1, gd_1], "ill-conditioned": [newton_100, gd_100]}}
     return picture, numbers, [
         Claim("fig. 4", "ill-conditioned: the last layer matches at most 1.5 times as many Newton steps as isotropic",
@@ -1526,8 +1523,8 @@ def weights(study):
     numbers = match.numbers() | {"linear_in_query_r2": r2.tolist(), "off_span": strayed.mean(1).tolist()}
     return picture, numbers, [
         Claim("fig. 9", "the same with similarity of weights: linear in the layer, R^2 at least .95, slope above 0",
-              "plot", f"{match.slope:.2f} {match.slope_text} steps per layer, R^2 {match.r2:.3f}", match.slope,
-              match.is_line),
+              "plot", f"{match.slope:.2f} {brackets(match.slope_interval)} steps per layer, R^2 {match.r2:.3f}",
+              match.slope, match.is_line),
         Claim("fig. 27", "for t < d the last layer's weights lie in the examples' span: mean square off it < 1e-3",
               "MSE < 1.2e-4", f"{off_span:.1e} {bounds(bootstrap(strayed[-1].mean(-1)), 4)}", off_span,
               off_span < 1e-3 if d > 1 else None),
@@ -1604,7 +1601,7 @@ def worth(study):
         cap = similarity_of_errors(trajectory, study.newton, study.prompts[1]).max().item()
         numbers[name] = match.numbers() | {"unit": unit, "largest_similarity_to_newton": cap}
         claims.append(Claim("open", f"one layer is worth, in {unit} of {name}", "not asked",
-                            f"{match.slope:.2f} {match.slope_text}, R^2 {match.r2:.3f}; "
+                            f"{match.slope:.2f} {brackets(match.slope_interval)}, R^2 {match.r2:.3f}; "
                             f"reaches similarity {cap:.3f} to Newton", match.slope))
         if measure is error_cosines:
             look = dict(color=COLOR[name.split(",")[0]], label=name)
@@ -1864,7 +1861,7 @@ def huang_experiment(K, seed):
     return balanced, imbalanced, times | {
         "K": SWITCH_SIZES, "fits": fits, "switch": switch, "balanced_switch": lead_steps(balanced)[1],
         "phases_begin": {"balanced": halved[:1], "imbalanced": [early, late, halved[1]]},
-        "A_k_B_k1_at_switch": [p[lead_steps(p)[1], 3:].tolist() for p in paths],
+        "A_k_B_k1_at_switch": [p[k, 3:].tolist() for p, k in zip(paths, times["switch_steps"])],
         "steps_to_a_tenth": [steps_above(0.1, imbalanced[:, i], p, N) for i, p in ((0, 1 / 2), (1, p_k))]}
 
 
@@ -2194,7 +2191,7 @@ def check(config):
     cuda_missing = config.device == "cuda" and not torch.cuda.is_available()
     not_fu = (config.d, config.n, config.kappa, config.noise) != (20, 40, 1, 0)
     heads_wrong = config.width % config.heads or config.width == config.heads
-    too_short = 0 < config.steps <= config.curriculum * (config.d - 2)
+    too_short = config.steps <= config.curriculum * (config.d - 2)
     for wrong, message in (
         (heads_wrong, f"--heads must divide --width, and be smaller; not {config.heads} and {config.width}"),
         (too_short, f"--steps {config.steps} end before the curriculum does; --curriculum 0 goes without"),
@@ -2272,8 +2269,9 @@ def run(config):
     """Make the figures that the configuration asks for, write results.json, and print the table of claims."""
     fast, out = matmul_rate(), Path(config.out)
     names = [f for f in FIGURES if f not in ON_DEMAND] if config.figures == "all" else config.figures.split(",")
-    ill = {name for name in names if name.endswith("_ill") or name == "conditioning"}
-    models = bool(set(names) - NEED_NO_MODEL - ill | {"conditioning"} & ill) + bool(ill)
+    needy = set(names) - NEED_NO_MODEL
+    ill = {name for name in needy if name.endswith("_ill")}
+    models = bool(needy - ill) + bool(ill or "conditioning" in needy)
     models += sum({"recipes": 10, "width_sweep": 2, "depth_sweep": 2}.get(name, 0) for name in names)
     training = max(training_flops(config) / (0.4 * fast), config.steps * 0.002 * config.layers)  # small: Python's time
     estimate = config.seeds * (models * training + 2 * len(names))
