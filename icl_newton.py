@@ -535,7 +535,10 @@ def layer_predictions(model, readouts, xs, ys):
 
 # %%
 def error_cosines(traj_a, traj_b, ys):
-    """Cosines of z - y over t = 1..n: (A, P, n+1), (B, P, n+1) -> (A, B, P); 0 if an error is 0."""
+    """Cosines of errors, prediction - y over t = 1..n, of all pairs, prompt by prompt, in float64.
+
+    (A, prompts, n+1), (B, prompts, n+1) -> (A, B, prompts); 0 where an error is 0.
+    """
     a, b = (F.normalize((z.double() - ys)[..., 1:], dim=-1) for z in (traj_a, traj_b))
     return torch.einsum("apt,bpt->abp", a, b)
 
@@ -1117,7 +1120,8 @@ def linearity(config):
 #
 # Each example is one token [T x_j ; x_j ; y_j]. T, Newton's M, is stored nowhere: T x_j is enough.
 # Attention has ReLU in place of softmax; two heads of opposite sign pass a score on unchanged,
-# ReLU(s) - ReLU(-s) = s. (The printed proof gives both one sign: |s|.) With j over the examples:
+# ReLU(s) - ReLU(-s) = s. (The printed proof gives both values one sign, which makes |s|; and its
+# scores <T x_j, x_t> make T S T^T, which doubles antisymmetric rounding.) With j over the examples:
 #
 #     first layer      T = alpha S         adds  alpha sum_j x_j <x_j, x_t>  to the top block
 #     Newton layer     T <- 2T - T S T     adds  -1/2 T S T x_t  to it, and the MLP doubles it
