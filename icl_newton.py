@@ -905,18 +905,18 @@ def null_similarity(layers, steps, ys):
 def heatmaps(config):
     """Fu, figures 3, 8, 10: similarity of errors; and what its null and t > d alone score."""
     s, d, x = study(config), config.d, range(1, config.layers + 1)
-    layers, panels, rows, last = s.layers[1:], [], {}, {}
+    layers, panels, rows, last, matches = s.layers[1:], [], {}, {}, {}
     for name, (counts, run) in s.runs.items():
         alike = error_cosines(layers, run, s.ys)  # (L, K, P)
         similarity = alike.mean(-1)
         rows[name] = x, similarity.amax(-1)
         last[name] = similarity[-1].amax(-1), bootstrap(alike[-1]).amax(-1)
-        dots = {"Transformer's best match": (x, best_match(similarity))}
+        matches[name] = best_match(similarity)
+        dots = {"Transformer's best match": (x, matches[name])}
         ticks = dict(yticks=range(0, len(counts), 8), yticklabels=counts[::8])
         panels.append(panel(name, dots, ylabel="step", heat=similarity.T, **ticks))
     steps = s.runs["Newton"][1]
-    matching = steps[best_match(similarity_of_errors(layers, steps, s.ys))]
-    null = null_similarity(layers, matching, s.ys)
+    null = null_similarity(layers, steps[matches["Newton"]], s.ys)
     late = similarity_of_errors(layers[..., d:], steps[..., d:], s.ys[:, d:]).amax(-1)
     rows |= {"(shuffled null)": (x, null), "Newton, t > d alone": (x, late)}
     del rows["OLS"], panels[2]  # of one step only
@@ -1004,7 +1004,7 @@ def conditioning(config):
     for kappa in (1.0, 100.0):
         c = dataclasses.replace(config, kappa=kappa)
         s = study(c)
-        climbs = {"products with S": worth_in_products(c, s.layers, s.xs, s.ys, min(c.d + 2, c.n))}
+        climbs = {"products with S": worth_in_products(c, s.layers, s.xs, s.ys, c.d + 2)}
         for name in ("Newton", "GD"):
             counts, run = s.runs[name]
             climbs[name] = climb(s.layers, run, counts, s.ys)
