@@ -390,7 +390,7 @@ def train(config, save_every=250):
     path = checkpoint_path(config, device)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-    except Exception as error:  # of half a dozen kinds
+    except Exception as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it") from None
     for part, state in zip(parts, saved.get("parts", [])):
         part.load_state_dict(state)
@@ -1054,7 +1054,7 @@ def train_attention(K, p_1, steps, seed, eta=2.0):
     Q = torch.zeros(K, K, requires_grad=True)
     for _ in range(steps):
         tokens = torch.multinomial(p.expand(32, K), 10 * K, replacement=True, generator=generator)
-        counts = F.one_hot(tokens, K).sum(1)  # (prompts, K)
+        counts = F.one_hot(tokens, K).sum(1)
         attention = (counts.log()[:, :, None] + Q).softmax(1)  # [prompt, n, k]; log 0: not there
         losses = (attention - torch.eye(K)).square().sum(1).mean(0) / 2  # (K,), query by query
         (gradient,) = torch.autograd.grad(p @ losses, Q)
