@@ -55,8 +55,7 @@ from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 from torch import nn
 
-# %% Part I. The paper's claim
-# %% 1. Settings: the fields are the command line's flags, the comments their help
+# %% Part I, the paper's claim. 1. Settings: the fields are the flags, the comments their help
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +134,12 @@ def draw_prompts(config, count, generator, n=None, d=None):
 # so 10^-3 becomes 10^-6, then 10^-12: digits double. Without noise w* - w_k = R_k w*, as M_k and S
 # commute. Along an eigenvector with eigenvalue lambda k steps of Newton, M_0 = alpha S, leave a
 # share (1 - alpha lambda^2)^(2^k) of the error, m steps of GD (1 - eta lambda)^m. So at first only
-# Newton's *reach* doubles: it has found directions with lambda > lambda_max 2^(-k/2), GD those with
+# Newton's *reach* grows: it has found directions with lambda > lambda_max 2^(-k/2), GD those with
 # lambda > lambda_max/m. Once all are found, digits double. The figures mostly measure phase one.
 #
 # Newton converges for alpha < 2/lambda_max(S)^2. Fu print the edge, 2/||S S^T||_2: one eigenvalue
 # of R is -1 there, and its square never shrinks. And the order of factors matters: M S M forgets
-# rounding errors; S M M or M M S doubles them in every step.
+# rounding errors; S M M or M M S lets them grow up to kappa-fold in every step.
 
 TINY = 1e-30  # keeps the empty prefix, S = 0, from dividing by zero
 RANK_TOLERANCE = 1e-12  # an eigenvalue below this share of the largest is rounding
@@ -203,7 +202,7 @@ def newton(xs, ys, steps, alpha=None, ridge=0.0):
     """Iterative Newton, M <- 2M - M S M from M_0 = alpha S, w_k = M_k b (Fu, section 3.1).
 
     A trajectory (len(steps), prompts, n+1), float64; step 0 is M_0. alpha, a number, defaults to
-    newton_start(S), prefix by prefix. steps as in step_counts; ridge as in prefix_moments.
+    newton_start(S), prefix by prefix.
     """
     counts = step_counts(steps)
     S, b = prefix_moments(xs, ys, ridge)
@@ -288,8 +287,8 @@ class Transformer(nn.Module):
 # %% 5. Training
 # The paper's Adam takes hundreds of thousands of steps. Two changes make it thousands (`--recipe
 # fu` undoes both). Each prefix counts by the *logarithm* of its mean error: late errors are a
-# thousand times smaller than early ones, yet show the algorithm's rate. (The mean is of |e|^1.5:
-# among squares a few prompts, unlucky at t = d, drown the rest.) And Muon (Keller Jordan, 2024)
+# thousand times smaller than early ones, yet show the algorithm's rate. (It is of |e|^1.5: among
+# squares a few unlucky prompts drown the rest.) And Muon (Keller Jordan, 2024)
 # replaces each matrix's momentum by the nearest orthogonal matrix, which a relative of Newton's
 # iteration finds: all directions are learned at one speed.
 
@@ -440,7 +439,7 @@ def layer_learner(model, xs, ys):
     Each layer's readout is the one that fits the given prompts best, all prefixes at once.
     """
     H = probe_features(model, xs, ys).flatten(1, 2)
-    readouts = least_squares_readout(H, ys.double().flatten())  # (L+1, W+1)
+    readouts = least_squares_readout(H, ys.double().flatten())
     return lambda xs, ys: torch.einsum("lptw,lw->lpt", probe_features(model, xs, ys), readouts)
 
 
@@ -461,7 +460,7 @@ def error_cosines(traj_a, traj_b, ys):
 
 
 def similarity_of_errors(traj_a, traj_b, ys):
-    """SimE, the mean of error_cosines over prompts: (A, B)."""
+    """Fu's SimE, the mean of error_cosines over prompts: (A, B)."""
     return error_cosines(traj_a, traj_b, ys).mean(-1)
 
 
@@ -490,12 +489,12 @@ def matched_steps(layers, counts, run, ys):
 
 
 def equal_steps(layers, counts, run, ys, t):
-    """The same, but the steps whose mean squared error after t examples is that of the layers."""
+    """The same, but steps of the layers' mean squared error after t examples, within the counts."""
     counts = torch.as_tensor(counts).double()
     wanted, curve = (means((z[..., t] - ys[:, t]).square()) for z in (layers[1:], run))
-    wanted, falling = (-z.clamp_min(TINY).log() for z in (wanted, curve.cummin(-1).values))
-    right = torch.searchsorted(falling, wanted).clamp(1, len(counts) - 1)
-    low, high = falling.gather(-1, right - 1), falling.gather(-1, right)
+    wanted, rising = (-z.clamp_min(TINY).log() for z in (wanted, curve.cummin(-1).values))
+    right = torch.searchsorted(rising, wanted).clamp(1, len(counts) - 1)
+    low, high = rising.gather(-1, right - 1), rising.gather(-1, right)
     share = ((wanted - low) / (high - low).clamp_min(TINY)).clamp(0, 1)
     return counts[right - 1] + share * (counts[right] - counts[right - 1])
 
@@ -512,7 +511,7 @@ def line_fit(x, y):
 # that a layer is worth. For GD it is their log2: steps double from layer to layer. An experiment
 # returns a title, its panels' data and {claim: measured}; `draw`, at the end, makes the picture.
 
-FIRST_LAYER = 3  # rates start here, as in the paper, whose layers 1 and 2 both match step 1
+FIRST_LAYER = 3  # rates start here, as the paper's do
 NEWTON_STEPS = list(range(33))  # float64 is safe for about 40: off the span rounding doubles
 GD_STEPS = sorted({round(2 ** (k / 2)) for k in range(33)})  # 1, 2, 3, 4, 6, ..., 65536
 PAPER = {  # Fu's Transformer (d = 20, n = 40): best matches of layers 1..12, figures 8 and 10
@@ -592,8 +591,7 @@ def rates(config):
     return title.format(*both), panels, found
 
 
-# %% Part II. Evidence that can say no
-# %% 9. Claims, verdicts, rulers
+# %% Part II, evidence that can say no. 9. Claims, verdicts, rulers
 # Every claim, with its rule, before anything is measured; `.98 ..` reads: at least .98. A claim
 # *agrees* if the whole 95% interval (over prompts for one seed, over seeds for several) obeys the
 # rule, *fails* if all of it breaks the rule, and is *undecided* else. `shape`: see `evidence`.
@@ -645,9 +643,9 @@ def over_seeds(runs):
     """Several seeds' numbers as one: their mean, with the 95% interval of Student's t."""
     if len(runs) == 1:
         return runs[0]
-    values = torch.tensor([run["value"] for run in runs]).double()
-    half = STUDENT_T.get(len(runs), 2.3) * values.std().item() / math.sqrt(len(runs))
-    mean = values.mean().item()
+    values = [run["value"] for run in runs]
+    half = STUDENT_T.get(len(runs), 2.3) * np.std(values, ddof=1) / math.sqrt(len(runs))
+    mean = np.mean(values)
     return {"value": mean, "low": mean - half, "high": mean + half}
 
 
@@ -661,9 +659,10 @@ def print_table(config, runs):
         m, rule = over_seeds([run[key] for run in runs]), rule.replace("L", str(config.layers))
         outcome = verdict(rule, m["low"], m["high"])
         results[key] = m | {"seeds": [run[key]["value"] for run in runs], "verdict": outcome}
-        if len(runs) == 1 and outcome in ("agrees", "fails") and name != "by_hand" and how != "Fu":
+        unsure = len(runs) == 1 and name != "by_hand" and "Fu" not in how
+        if unsure and outcome in ("agrees", "fails"):
             outcome += "?"
-        ends = f"[{m['low']:.3g}, {m['high']:.3g}]"
+        ends = f"[{m['low']:.3g}, {m['high']:.3g}]" if m["low"] < m["high"] else ""
         print(f"{outcome:<11}{m['value']:>9.3g}  {ends:<18} {rule:<12} {paper:<5} {text} {how}")
     return results
 
@@ -678,8 +677,8 @@ def evidence(shape, steps):
 
     R^2 says little: six points of a logarithm score .98 on a line. So a shape must beat rivals, all
     of them lines through transformed points. With Gaussian residuals a likelihood is (mean squared
-    residual)^(-points/2), in units of y: where log y is fitted, times the geometric mean of y (Box
-    and Cox). Above 1.3, twenty times, the shape wins; below -1.3 it loses.
+    residual)^(-points/2), residuals of log y being multiplied by the geometric mean of y (Box and
+    Cox). Above 1.3, twenty times, the shape wins; below -1.3 it loses.
     """
     y, fits = steps[..., FIRST_LAYER - 1 :].double().clamp_min(1), {}
     x = torch.arange(FIRST_LAYER, steps.shape[-1] + 1).double()
@@ -720,8 +719,10 @@ def rulers(config):
         panels.append(panel(f"d = {d}, by similarity", alike, "its own step", "Newton step"))
         panels.append(panel(f"d = {d}, by error, t = {2 * d}", equal, "its own step"))
         found[f"CG_rate: d = {d}"] = measured(rate(alike["CG"], first=1))
-    for name, shape in SHAPE_OF.items():  # the paper's own printed table
-        found[f"{name}_{shape}: Fu"] = measured(evidence(shape, torch.tensor(PAPER[name])))
+    for name, last in (("Newton", 9), ("GD", 10)):  # the paper's table, and the layers it fits
+        for key, end in (("Fu", 12), (f"Fu, to layer {last}", last)):
+            lead = evidence(SHAPE_OF[name], torch.tensor(PAPER[name][:end]))
+            found[f"{name}_{SHAPE_OF[name]}: {key}"] = measured(lead)
     title = "By similarity CG climbs {:.1f} Newton steps a step at d = 5, {:.1f} at d = 20"
     return title.format(*(found[f"CG_rate: d = {d}"]["value"] for d in (5, 20))), panels, found
 
@@ -783,21 +784,21 @@ def heatmaps(config):
 
 # %% 11. How many products with S is a layer worth?
 # A ruler that can say no. A first-order method multiplies a vector by S once a step. Let its step
-# sizes and momenta be fixed in advance, but for the scale lambda_max(S). Then after D steps from 0,
-# w = p(S/lambda_max) b/lambda_max, with a polynomial p of degree D - 1 that is the same for all
-# prompts. So the p that is best on average is at least as good as *every* such method, and least
-# squares finds it, for each D and t. D*(l) is the D whose best p is as good as layer l: a network
-# that makes one such step a layer has D*(l) <= l. Not covered is CG: its step sizes are inner
-# products of the prompt's own vectors, so D of its steps may be worth more. (A smaller class does
-# not even know the scale: polynomials in S/t.)
+# sizes and momenta be fixed in advance, but for the scale lambda_max(S). After D steps from 0 (the
+# first multiplies 0) w = p(S/lambda_max) b/lambda_max, with a polynomial p of degree D - 1 that is
+# the same for all prompts. So the p that is best on average is at least as good as *every* such
+# method, and least squares finds it, for each D and t. D*(l) is the D whose best p is as good as
+# layer l: a network that makes one such step a layer has D*(l) <= l. Not covered is CG: its step
+# sizes are inner products of the prompt's own vectors, so D of its steps may be worth more. (A
+# smaller class has one scale for all prompts, the largest lambda_max.)
 
-def polynomial_features(xs, ys, t, degree, per_prefix):
-    """x_q^T T_j(S/size) b/size, with Chebyshev polynomials T_0, T_1, ...: (prompts, degree)."""
+def polynomial_features(xs, ys, t, degree, size=None):
+    """x_q^T T_j(2 S/size - I) b/size, T_j Chebyshev polynomials, j < degree: (prompts, degree)."""
     X, x_q = xs[:, :t].double(), xs[:, t].double()
     eigenvalues, U = torch.linalg.eigh(X.mT @ X)
-    size, top = (eigenvalues[:, -1:], 1.0) if per_prefix else (t, 4.0)
+    size = eigenvalues[:, -1:] if size is None else size
     weight = times(U.mT, x_q) * times(U.mT, times(X.mT, ys[:, :t].double())) / size
-    T = np.polynomial.chebyshev.chebvander((2 * eigenvalues / size / top - 1).numpy(), degree - 1)
+    T = np.polynomial.chebyshev.chebvander((2 * eigenvalues / size - 1).numpy(), degree - 1)
     return np.einsum("pd,pdj->pj", weight.numpy(), T)
 
 
@@ -808,8 +809,9 @@ def best_polynomials(config, t, per_prefix=True, degree=128):
     (degree+1, prompts, n+1); zeros at other prefixes. The methods are fitted on other prompts.
     """
     fitting, s = fresh_prompts(config, 20_000, purpose=4), study(config)
-    fit = polynomial_features(*fitting, t, degree, per_prefix)
-    test = polynomial_features(s.xs, s.ys, t, degree, per_prefix)
+    size = None if per_prefix else torch.linalg.matrix_norm(fitting[0][:, :t], 2).max() ** 2
+    fit = polynomial_features(*fitting, t, degree, size)
+    test = polynomial_features(s.xs, s.ys, t, degree, size)
     Q, R = np.linalg.qr(fit)  # one orthonormal basis serves all degrees
     parts = np.linalg.solve(R.T, test.T) * (Q.T @ fitting[1][:, t].double().numpy())[:, None]
     answers = torch.zeros(degree + 1, *s.ys.shape, dtype=torch.float64)
@@ -832,7 +834,7 @@ def products(config):
     for name, t in (("d", config.d), ("d + 2", config.d + 2), ("n", config.n)):
         curves = {"(one a layer)": layer, "(2^layer)": 2.0**layer, "(3^layer)": 3.0**layer}
         curves |= {label: worth_in_products(config, run, t) for label, run in runs.items()}
-        curves["Transformer, S/t"] = worth_in_products(config, s.layers, t, per_prefix=False)
+        curves["Transformer, one scale"] = worth_in_products(config, s.layers, t, per_prefix=False)
         labels = "layer or step", "products with S", "y"
         panels.append(panel(f"after t = {t} examples", curves, *labels, ylim=(0.5, 150)))
         worth = curves["Transformer"]
@@ -875,7 +877,7 @@ def not_linear(learner, xs, ys):
     x_mixed[:, -1] = (xs[:, -1] + x_b[:, -1]) / math.sqrt(2)
     prompts = [(xs, ys), (x_b, ys), (x_mixed, ys), (xs, y_b), (xs, (ys + y_b) / math.sqrt(2))]
     a, of_x_b, of_x, of_y_b, of_y = (learner(*prompt)[..., -1].double() for prompt in prompts)
-    error = 2 * (a - ys[:, -1]).square().mean(-1).clamp_min(TINY)
+    error = 2 * (a - ys[:, -1]).square().mean(-1).clamp_min(TINY)  # 1 + 1/2 + 1/2 answers
     return [(both - (a + b) / math.sqrt(2)).square().mean(-1) / error
             for both, b in ((of_x, of_x_b), (of_y, of_y_b))]
 
@@ -895,9 +897,8 @@ def linearity(config):
     return title, panels, found
 
 
-# %% Part III. Theory that runs
-# %% 14. Newton's weights, written by hand (Fu, theorem 5.1)
-# An example is one token [T x_j ; x_j ; y_j]; of T, Newton's M, T x_j is enough. Attention has ReLU
+# %% Part III, theory that runs. 14. Newton's weights, written by hand (Fu, theorem 5.1)
+# An example is one token [T x_j ; x_j ; y_j]; T is Newton's M; T x_j is enough. Attention has ReLU
 # in place of softmax, and two heads of opposite sign: ReLU(s) - ReLU(-s) = s. (The printed proof
 # gives both values one sign, which makes |s|; and scores <T x_j, x_t>, which make T S T^T: that
 # doubles antisymmetric rounding.) With j over the examples:
@@ -1041,7 +1042,7 @@ def preconditioners(config):
 #     yhat = sum_i softmax_i(x_i^T Q x_q) y_i = sum_n a_n w.v_n     a_n: attention on feature n
 # For a query x_q = v_k, and E w w^T = I, the loss is 1/2 [(1 - a_k)^2 + sum_{n != k} a_n^2]. Its
 # gradient moves A_k = Q[k,k] and B_{k,n} = Q[n,k]. If all p_k are equal, the A_k grow together, to
-# where one right feature outweighs K wrong ones: log K. With p_1 = 1/2 feature 1 comes at once, but
+# where one right feature balances K wrong ones: log K. With p_1 = 1/2 feature 1 comes at once, but
 # half of every other query's attention rests on it, too: first B_{k,1} falls, then A_k grows.
 
 def train_attention(K, p_1, steps, seed, eta=2.0):
@@ -1097,9 +1098,8 @@ CHOICES = {"preset": PRESETS, "recipe": ("muon", "fu"), "device": ("auto", "cpu"
            "figures": ["all", *EXPERIMENTS]}
 COLOR = {"Transformer": "#D55E00", "Newton": "#0072B2", "GD": "#009E73", "CG": "#CC79A7",
          "Fu": "#888888", "": "#888888"}
-STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.grid": True, "axes.spines.top": False,
-         "axes.spines.right": False, "grid.alpha": 0.25, "legend.fontsize": 7,
-         "lines.markersize": 4}
+STYLE = {"font.size": 9, "axes.grid": True, "axes.spines.top": False, "axes.spines.right": False,
+         "grid.alpha": 0.25, "legend.fontsize": 7, "lines.markersize": 4}
 
 
 @rc_context(STYLE)
@@ -1135,14 +1135,14 @@ def check(config):
         if not isinstance(value, str) and not least.get(name, 1) <= value < math.inf:
             raise ValueError(f"--{name} is at least {least.get(name, 1)}, not {value}")
     for name, known in CHOICES.items():
-        for word in getattr(config, name).split(","):
+        value = getattr(config, name)
+        for word in value.split(",") if name == "figures" else [value]:
             if word not in known:
                 raise ValueError(f"--{name}: not {word!r}, but {', '.join(known)}")
     for good, message in (
         (config.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA here"),
         (config.n >= config.d + 2, "--n is at least d + 2"),
         (config.width % config.heads == 0, "--heads must divide --width"),
-        (config.heads < config.width, "--heads must be fewer than --width"),
         (config.steps > config.curriculum * (config.d - 2), "--steps end before the curriculum"),
     ):
         if not good:
@@ -1155,7 +1155,7 @@ def parse_config(arguments):
     about = dict(description=__doc__.split("\n")[1], usage=argparse.SUPPRESS, allow_abbrev=False)
     parser = argparse.ArgumentParser("icl_newton.py", **about)
     for field in dataclasses.fields(Config):
-        text = helps[field.name] + " (default: %(default)s)"  # of the preset, if one is chosen
+        text = helps[field.name] + " (default: %(default)s)"
         parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=text)
     known, _ = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
     parser.set_defaults(**PRESETS.get(known.preset, {}))
@@ -1165,7 +1165,7 @@ def parse_config(arguments):
             Path(folder).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()  # writable?
     except (ValueError, OSError) as error:
-        parser.error(str(error))  # one line on standard error, exit status 2
+        parser.error(str(error))  # exit status 2
     return config
 
 
@@ -1175,10 +1175,10 @@ def plain(z):
 
 
 def run(config):
-    """Make the figures asked for; print and write the table of claims."""
+    """Make the figures; print and write the table of claims."""
     names = [name for name in EXPERIMENTS if {name, "all"} & set(config.figures.split(","))]
     out, figures, runs, start = Path(config.out), {}, [], time.perf_counter()
-    print(f"Draws {', '.join(names)} into {out}/, training the networks that they need.")
+    print(f"Draws {', '.join(names)} into {out}/, training what they need.")
     for seed in range(config.seed, config.seed + config.seeds):
         runs.append({})
         for name in names:
@@ -1188,7 +1188,7 @@ def run(config):
                 figures[name] = {"title": title, "panels": panels}
                 save = functools.partial(draw(title, panels).savefig, format="png")
                 write_file(out / f"{name}.png", save)
-            print(f"{time.perf_counter() - start:5.0f} s  {out / name}.png, seed {seed}: {title}")
+            print(f"{time.perf_counter() - start:5.0f} s  {name}, seed {seed}: {title}")
     record = {"settings": vars(config), "torch": torch.__version__,
               "claims": print_table(config, runs), "figures": figures}
     text = json.dumps(record, default=plain).replace('{"title"', '\n{"title"')
