@@ -964,7 +964,7 @@ def by_hand(config):
     curves = {label: (NEWTON_STEPS, (answers - ys[:, -1]).square().mean(1) / config.d)
               for label, answers in runs.items()}
     panels = [panel("", curves, "layer or step k", "squared error / d", "y")]
-    title = f"Hand-written attention is Newton, to {apart:.0e} of the size of y"
+    title = f"Hand-written attention is Newton, to {apart:.0e}"
     return title, panels, {"by_hand": measured(apart)}
 
 
