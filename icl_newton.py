@@ -761,16 +761,16 @@ def null_similarity(layers, steps, ys):
 
 def heatmaps(config):
     """Fu, figures 3, 8, 10: similarity of errors; and what its null and t > d alone score."""
-    s, d, panels, curves, last = study(config), config.d, [], {}, {}
+    s, d, panels, curves, last, match = study(config), config.d, [], {}, {}, {}
     layers, steps = s.layers[1:], s.runs["Newton"][1]
     for name, (counts, run) in s.runs.items():
         alike = means(error_cosines(layers, run, s.ys))  # (1 + rounds, L, K)
         curves[name], last[name] = alike[0].amax(-1), alike[:, -1].amax(-1)
         ticks = dict(yticks=range(0, len(counts), 8), yticklabels=counts[::8], ylabel="step")
-        dots = {"Transformer's best match": best_match(alike[0])}
+        match[name] = best_match(alike[0])
+        dots = {"Transformer's best match": match[name]}
         panels.append(panel(name, dots, heat=alike[0].T, **ticks))
-    matched = steps[matched_steps(s.layers, *s.runs["Newton"], s.ys)[0].long()]
-    null = curves["(shuffled null)"] = null_similarity(layers, matched, s.ys)
+    null = curves["(shuffled null)"] = null_similarity(layers, steps[match["Newton"]], s.ys)
     late = similarity_of_errors(layers[..., d:], steps[..., d:], s.ys[:, d:]).amax(-1)
     curves["Newton, t > d alone"] = late
     panels.append(panel("similarity at the best step", curves))
