@@ -436,14 +436,14 @@ x changed | return | xs[..., 0] += 1; return
 
 causal_attention
 blind to itself | .triu(1) | .triu(0)
-the mask transposed | masked_fill(future | masked_fill(future.mT
+the mask transposed | + mask) | + mask.mT)
 softmax over queries | .softmax(-1) | .softmax(-2)
 scale D | math.sqrt(D) | D
-masked after the softmax | scores.~ | scores.softmax(-1).masked_fill(future, 0) @ v
+masked after the softmax | return ~ | return (q / math.sqrt(D) @ k.mT).softmax(-1).tril() @ v
 a small mask | -math.inf | -100.0
-softmax by hand | scores.~ | F.normalize(scores.exp().tril(), p=1, dim=-1) @ v
-q changed | scores = q @ k.mT / math.sqrt(D) | scores = q.div_(math.sqrt(D)) @ k.mT
-+ torch's own | scores = ~ | return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+softmax by hand | (q ~ | F.normalize((q / math.sqrt(D) @ k.mT).exp().tril(), p=1, dim=-1) @ v
+q changed | (q / math.sqrt(D) | (q.div_(math.sqrt(D))
++ torch's own | return ~ | return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 + large negative mask | -math.inf | -1e9
 
 least_squares_readout
@@ -731,12 +731,12 @@ def test_training_step_by_hand(recipe, plant):
     for step, factor in ((7, 0.08 * 293 / 300), (98, 0.99 * 202 / 300), (299, 1 / 300)):
         w = model.w.detach().clone()
         e = w * x - ys
-        slope = 1.5 * e.sign() * e.abs().sqrt() * x / (e.abs().pow(1.5).mean(0) + 1e-40)
+        slope = 0.75 * e.sign() * e.abs().sqrt() * x / (e.abs().pow(1.5).mean(0) + 1e-40).sqrt()
         slope, factor = (2 * e * x, 1) if recipe == "fu" else (slope, factor)
         returned = lib.training_step(model, [torch.optim.SGD([model.w], 0.5)], config, step, 0)
         near(returned, e.square().mean(), "returns the squared error")
         w -= 0.5 * factor * slope.mean(0) / 7
-        near(model.w.detach(), w, "log of mean |e|^1.5, scheduled; fu: squares")
+        near(model.w.detach(), w, "root of mean |e|^1.5, scheduled; fu: squares")
 
 
 def test_training(tmp_path, plant, monkeypatch):
@@ -907,11 +907,12 @@ def test_linear_transformer():
         near(answers, -Z[3, 6:], "Z + (1/n) P Z M (Z^T Q Z)")
 
 
-def test_bad_input(tmp_path, monkeypatch, capsys):
+def test_bad_input(tmp_path, monkeypatch, capsys, plant):
     monkeypatch.chdir(tmp_path)
+    plant("run", AssertionError("bad input was run"))
     Path("a_file").write_text("mine")
     for bad in """figures x|no_such 1|d 1|n 6|steps x|noise -1|kappa .5|tails -1|muon_lr nan|heads 3
-            |preset x|device x|recipe x|layers 3|batch 0|curriculum 1667|adam_lr inf|seeds 0
+            |preset x|device x|recipe x|layers 3|batch 0|curriculum 1834|adam_lr inf|seeds 0
             |preset quick,laptop|out a_file/x|checkpoints a_file|seed -1|curriculum -1
             |adam_lr 0""".split("|"):
         with pytest.raises(SystemExit, match="2"):
@@ -928,13 +929,13 @@ def test_good_input_and_exit_statuses(monkeypatch, tmp_path, capsys, plant):
     assert (c.d, c.width, c.prompts, c.out, c.seed) == (2, 128, 320, "figures/d20", 0)
     for error in (FloatingPointError, ValueError, OSError, KeyboardInterrupt):
         plant("run", error("x"))
-        assert lib.main(["--curriculum", "1666"]) == (130 if error is KeyboardInterrupt else 1)
+        assert lib.main(["--curriculum", "1833"]) == (130 if error is KeyboardInterrupt else 1)
         assert capsys.readouterr().err.strip().count("\n") == 0
 
 
 FROZEN = dict(by_hand=-323.858, rulers=913.199, convergence=-304.701, heatmaps=-107.618,
               rates=153.976, products=-68.972, conditioning=125.904, linearity=-152.296,
-              preconditioners=-128.575, stages=1889.886, claims=-280.127, weights=-8355.194)
+              preconditioners=-128.575, stages=1889.886, claims=-280.127, weights=-8347.863)
 
 
 def test_frozen_run(monkeypatch, tmp_path, plant):
