@@ -912,7 +912,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys, plant):
     plant("run", AssertionError("bad input was run"))
     Path("a_file").write_text("mine")
     for bad in """figures x|no_such 1|d 1|n 6|steps x|noise -1|kappa .5|tails -1|muon_lr nan|heads 3
-            |preset x|device x|recipe x|layers 3|batch 0|curriculum 1834|adam_lr inf|seeds 0
+            |preset x|device x|recipe x|layers 3|batch 0|curriculum 2000|adam_lr inf|seeds 0
             |preset quick,laptop|out a_file/x|checkpoints a_file|seed -1|curriculum -1
             |adam_lr 0""".split("|"):
         with pytest.raises(SystemExit, match="2"):
@@ -929,7 +929,7 @@ def test_good_input_and_exit_statuses(monkeypatch, tmp_path, capsys, plant):
     assert (c.d, c.width, c.prompts, c.out, c.seed) == (2, 128, 320, "figures/d20", 0)
     for error in (FloatingPointError, ValueError, OSError, KeyboardInterrupt):
         plant("run", error("x"))
-        assert lib.main(["--curriculum", "1833"]) == (130 if error is KeyboardInterrupt else 1)
+        assert lib.main(["--curriculum", "1999"]) == (130 if error is KeyboardInterrupt else 1)
         assert capsys.readouterr().err.strip().count("\n") == 0
 
 
