@@ -6,17 +6,17 @@
 Do Transformers that learn linear regression in context run Newton's method, layer by layer?
 
 Give a Transformer a prompt x_1, y_1, ..., x_{n+1} whose answers come from a hidden rule y = w*.x,
-new in every prompt. Trained on enough prompts, it solves a *new* regression in one forward pass. By
+new in every prompt. Trained on enough of them, it solves a *new* regression in one forward pass. By
 which algorithm? Fu, Chen, Jia and Sharan (arXiv 2310.17086, "Fu") say: each layer is worth a fixed
 number of steps of Iterative Newton; gradient descent would need exponentially many. This file
-trains such a network in a minute or two, reads a prediction out of every layer, lays it beside
-Newton and gradient descent, and asks whether the evidence could have said no.
+trains such a network in minutes, reads a prediction out of every layer, lays it beside Newton and
+gradient descent, and asks whether the evidence could have said no.
 
     python icl_newton.py                    all figures, figures/results.json, a table of claims
-    python icl_newton.py --preset quick     a first look in half a minute, all shrunk
+    python icl_newton.py --preset quick     a small first look in half a minute
     python icl_newton.py --figures rates    one figure; --help lists every setting
 
-It finds (numbers: README) that at d = 5 the last layers beat any first-order method of as many
+It finds (numbers: README) that at d = 5 the last of 8 layers beats any first-order method of 8
 steps, step sizes fixed in advance. But little singles out Newton: conjugate gradient climbs three
 of its steps a step, by error after 2d examples a layer adds fewer, and training moves the rate.
 
@@ -78,7 +78,7 @@ class Config:
     curriculum: int = 0  # steps per added dimension, starting at 2; 0: all d from the start
     seed: int = 1  # of weights and prompts; it and all above it decide the weights
     seeds: int = 1  # how many seeds to run, from `seed` on; verdicts then rest on their spread
-    prompts: int = 2048  # fresh prompts for all comparisons; four times as many fit the readouts
+    prompts: int = 2048  # fresh prompts for comparisons; four times as many fit the readouts
     preset: str = "default"  # default, quick (shrunk), laptop (Fu's problem) or paper (for CUDA)
     figures: str = "all"  # which figures to make, by name, separated by commas
     device: str = "auto"  # cpu, cuda, or auto: CUDA where there is one
@@ -409,7 +409,7 @@ def train(config, save_every=250):
 
 # %% 6. What does each layer know? (Fu, section 4.1)
 # Fit, for every layer of the frozen network, the linear readout that predicts best from its state,
-# on other prompts than those that judge it.
+# on prompts other than those that judge it, and many: 2,048 would double the last layer's error.
 
 def fresh_prompts(config, count, purpose):
     """Prompts that training never saw, on the CPU; another purpose, a number, other prompts."""
@@ -598,7 +598,7 @@ def rates(config):
 # Rulers before results: known algorithms take the place of the layers. The control is CG, conjugate
 # gradient: a first-order method, one product with S a step, exact after d steps, whose step sizes
 # adapt to the prompt. At d = 5 it climbs three Newton steps a step by similarity: there **a rate of
-# three is no sign of second order.** At d = 20 CG climbs 1.7 at first, then one.
+# three is no sign of second order.** At d = 20 CG climbs 1.7, later one.
 
 CLAIMS = """
 Newton_line     | fig. 3  | best-matching Newton steps lie on a line            | yes  | shape
@@ -728,9 +728,9 @@ def rulers(config):
 
 
 # %% 10. Errors, layer by layer, and what similarity is made of
-# Most of an error no method can avoid: at t < d the examples do not determine w*. So there is a
-# *null*: give a layer's deviations from its best Newton step to other prompts, with random signs,
-# and measure similarity again. And it can be asked for t > d alone.
+# Most of an error no method can avoid: at t < d the examples do not determine w*. So a
+# *null* gives a layer's deviations from its best Newton step to other prompts, with random signs.
+# And similarity can be asked for t > d alone.
 
 def convergence(config):
     """Fu, figure 2: squared error of layers, of Newton's steps, and of GD's."""
