@@ -16,7 +16,7 @@ gradient descent, and asks whether the evidence could have said no.
     python icl_newton.py --preset quick     a small first look in half a minute
     python icl_newton.py --figures rates    one figure; --help lists every setting
 
-It finds (numbers: README) that at d = 5 the last of 8 layers beats any first-order method of 8
+It finds (see README) that at d = 5 the last of 8 layers beats any first-order method of 8
 steps, step sizes fixed in advance. But little singles out Newton: conjugate gradient climbs three
 of its steps a step, by error after 2d examples a layer adds fewer, and training moves the rate.
 
@@ -597,8 +597,8 @@ def rates(config):
 # rule, *fails* if all of it breaks the rule, and is *undecided* else. `shape`: see `evidence`.
 # Rulers before results: known algorithms take the place of the layers. The control is CG, conjugate
 # gradient: a first-order method, one product with S a step, exact after d steps, whose step sizes
-# adapt to the prompt. At d = 5 it climbs three Newton steps a step by similarity: there **a rate of
-# three is no sign of second order.** At d = 20 CG climbs 1.7, later one.
+# adapt to the prompt. At d = 5 it climbs three Newton steps a step by similarity, two by error:
+# **there such rates are no sign of second order.** At d = 20 they fall below one.
 
 CLAIMS = """
 Newton_line     | fig. 3  | best-matching Newton steps lie on a line            | yes  | shape
