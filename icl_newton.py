@@ -18,7 +18,7 @@ gradient descent, and asks whether the evidence could have said no.
 
 It finds (see README) that at d = 5 the last of 8 layers beats any first-order method of 8
 steps, step sizes fixed in advance. But little singles out Newton: conjugate gradient climbs three
-of its steps a step, by error after 2d examples a layer adds fewer, and training moves the rate.
+Newton steps a step, a layer fewer by error after 2d examples, and training moves the rate.
 
 One idea carries the file: **every learner is a trajectory of predictions** (steps, prompts, n+1):
 a method's steps, a network's layers. The same comparisons serve them all.
@@ -132,7 +132,7 @@ def draw_prompts(config, count, generator, n=None, d=None):
 # Newton looks for the inverse of S. Let R_k = I - S M_k be what is missing from it. Then
 #     R_{k+1} = I - S (2 M_k - M_k S M_k) = (I - S M_k)^2 = R_k^2,
 # so 10^-3 becomes 10^-6, then 10^-12: digits double. Without noise w* - w_k = R_k w*, as M_k and S
-# commute. Along an eigenvector with eigenvalue lambda k steps of Newton, M_0 = alpha S, leave a
+# commute. Along an eigenvector of eigenvalue lambda, k steps of Newton, M_0 = alpha S, leave a
 # share (1 - alpha lambda^2)^(2^k) of the error, m steps of GD (1 - eta lambda)^m. So at first only
 # Newton's *reach* grows: it has found directions with lambda > lambda_max 2^(-k/2), GD those with
 # lambda > lambda_max/m. Once all are found, digits double. The figures mostly measure phase one.
@@ -286,13 +286,13 @@ class Transformer(nn.Module):
 # %% 5. Training
 # The paper's Adam takes hundreds of thousands of steps. Two changes, and larger steps that shrink,
 # make it thousands (`--recipe fu` has none). Each prefix counts by the *square root* of its mean
-# error: late errors are a thousand times smaller than early ones, yet show the rate. (It is of
+# error: late errors are a thousand times smaller than early ones, yet show the rate. (Errors are
 # |e|^1.5: among squares a few unlucky prompts drown the rest.) And Muon (Keller Jordan, 2024)
 # replaces each matrix's momentum by the nearest orthogonal matrix, which a relative of Newton's
 # iteration finds: all directions are learned at one speed.
 
 def orthogonalize(G):
-    """Roughly the nearest orthogonal matrix to each of (..., m, n): singular values 0.7 to 1.2."""
+    """Roughly the nearest orthogonal matrix to each of (..., m, n); tiny singular values lag."""
     X = G.mT if G.shape[-2] > G.shape[-1] else G  # work on the smaller side
     X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1e-7)
     for _ in range(5):
@@ -412,7 +412,7 @@ def train(config, save_every=250):
 # on prompts other than those that judge it, and many: 2,048 would double the last layer's error.
 
 def fresh_prompts(config, count, purpose):
-    """Prompts that training never saw, on the CPU; another purpose, a number, other prompts."""
+    """Prompts that training never saw, on the CPU; each purpose, a number, has its own."""
     generator = torch.Generator().manual_seed(1_000_003 * config.seed + purpose)
     return draw_prompts(config, count, generator)
 
@@ -488,7 +488,7 @@ def matched_steps(layers, counts, run, ys):
 
 
 def equal_steps(layers, counts, run, ys, t):
-    """The same, but steps of the layers' mean squared error after t examples, within the counts."""
+    """The same, but when the run's mean squared error after t examples reaches the layer's."""
     counts = torch.as_tensor(counts).double()
     wanted, curve = (means((z[..., t] - ys[:, t]).square()) for z in (layers[1:], run))
     wanted, rising = (-z.clamp_min(TINY).log() for z in (wanted, curve.cummin(-1).values))
@@ -597,15 +597,15 @@ def rates(config):
 # rule, *fails* if all of it breaks the rule, and is *undecided* else. `shape`: see `evidence`.
 # Rulers before results: known algorithms take the place of the layers. The control is CG, conjugate
 # gradient: a first-order method, one product with S a step, exact after d steps, whose step sizes
-# adapt to the prompt. At d = 5 it climbs three Newton steps a step by similarity, two by error:
-# **there such rates are no sign of second order.** At d = 20 they fall below one.
+# adapt to the prompt. At d = 5 it climbs two or three Newton steps a step, by ruler: **there such
+# rates are no sign of second order.** At d = 20 they are about one.
 
 CLAIMS = """
 Newton_line     | fig. 3  | best-matching Newton steps lie on a line            | yes  | shape
 GD_exponential  | fig. 3  | best-matching GD steps grow exponentially           | yes  | shape
 Newton_rate     | fig. 3  | Newton steps per layer                              | 2.93 |
 GD_rate         | fig. 3  | doublings of GD steps per layer                     | 1.42 |
-CG_rate         | control | Newton steps per step of conjugate gradient         | -    |
+CG_rate         | control | Newton steps per step of CG                         | -    |
 error           | open    | last layer's squared error / d after n examples     | -    |
 superlinear     | fig. 2  | digits gained per layer: later layers minus earlier | > 0  | 0 ..
 like_OLS        | tab. 1  | last layer's similarity to least squares            | -    | .98 ..
@@ -615,8 +615,8 @@ like_beyond_d   | open    | its similarity to Newton on prefixes t > d alone    
 products        | open    | products with S that the last layer is worth        | -    | L ..
 products_growth | open    | factor by which a layer multiplies them             | -    |
 products_shape  | open    | they grow exponentially with the layer              | -    | shape
-kappa_Newton    | fig. 4  | kappa = 100: times the Newton steps                 | 1.0  | .. 1.5
-kappa_GD        | fig. 4  | kappa = 100: times the GD steps                     | -    | 4 ..
+kappa_Newton    | fig. 4  | Newton steps matched, kappa = 100 over kappa = 1    | 1.0  | .. 1.5
+kappa_GD        | fig. 4  | GD steps matched, kappa = 100 over kappa = 1        | -    | 4 ..
 not_linear      | open    | share of the last layer's error that is not linear  | -    |
 by_hand         | thm 5.1 | Newton in hand-written layers: largest difference   | 0    | .. 1e-6
 Ahn_one         | thm 1   | one layer: relative distance to the closed form     | 0    | .. .03
@@ -684,7 +684,7 @@ def evidence(shape, steps):
     x = torch.arange(FIRST_LAYER, steps.shape[-1] + 1).double()
     for name, f in SHAPES.items():
         z, unit = (y.log(), y.log().mean(-1).exp()) if name in LOG_Y else (y, 1.0)
-        unexplained = 1 - line_fit(f(x), z)[1].clamp_max(0.999)  # more whole steps cannot show
+        unexplained = 1 - line_fit(f(x), z)[1].clamp_max(0.999)  # whole steps resolve no more
         residual = unexplained * z.var(-1) * unit**2
         fits[name] = -len(x) / 2 * residual.clamp_min(TINY).log10()
     return fits.pop(shape) - torch.stack(list(fits.values())).amax(0)
@@ -714,33 +714,33 @@ def rulers(config):
         target = NEWTON_STEPS, newton(xs, ys, NEWTON_STEPS)
         known = {"Newton": target[1][:13], "GD": gradient_descent(xs, ys, 12),
                  "CG": conjugate_gradient(xs, ys, min(d - 1, 12))}
-        alike = {name: matched_steps(run, *target, ys) for name, run in known.items()}
-        equal = {name: equal_steps(run, *target, ys, 2 * d) for name, run in known.items()}
-        panels.append(panel(f"d = {d}, by similarity", alike, "its own step", "Newton step"))
-        panels.append(panel(f"d = {d}, by error, t = {2 * d}", equal, "its own step"))
-        found[f"CG_rate: d = {d}"] = measured(rate(alike["CG"], first=1))
+        for ruler, *t in ("similarity",), ("error, t = n", 2 * d), ("error, t = d", d):
+            match = equal_steps if t else matched_steps
+            climb = {name: match(run, *target, ys, *t) for name, run in known.items()}
+            panels.append(panel(f"d = {d}, by {ruler}", climb, "its own step", "Newton step"))
+            found[f"CG_rate: d = {d}, {ruler}"] = measured(rate(climb["CG"], first=1))
     for name, last in (("Newton", 9), ("GD", 10)):  # the paper's table, and the layers it fits
         for key, end in (("Fu", 12), (f"Fu, to layer {last}", last)):
             lead = evidence(SHAPE_OF[name], torch.tensor(PAPER[name][:end]))
             found[f"{name}_{SHAPE_OF[name]}: {key}"] = measured(lead)
     title = "By similarity CG climbs {:.1f} Newton steps a step at d = 5, {:.1f} at d = 20"
-    return title.format(*(found[f"CG_rate: d = {d}"]["value"] for d in (5, 20))), panels, found
+    slopes = (m["value"] for key, m in found.items() if "similarity" in key)
+    return title.format(*slopes), panels, found
 
 
 # %% 10. Errors, layer by layer, and what similarity is made of
 # Most of an error no method can avoid: at t < d the examples do not determine w*. So a
 # *null* gives a layer's deviations from its best Newton step to other prompts, with random signs.
-# And similarity can be asked for t > d alone.
 
 def convergence(config):
     """Fu, figure 2: squared error of layers, of Newton's steps, and of GD's."""
     s, d, n, panels = study(config), config.d, config.n, []
     runs = {"Transformer": (range(config.layers + 1), s.layers)} | s.runs
     for name, (counts, run) in runs.items():
-        error = (run - s.ys).square().mean(1).clamp_min(1e-7 * d) / d  # (steps, n+1)
+        error = (run - s.ys).square().mean(1) / d  # (steps, n+1)
         curves = {f"t = {t}": (counts, error[:, t]) for t in sorted({d - 1, d, d + 2, n})}
         log = "xy" if name == "GD" else "y"
-        panels.append(panel(name, curves, "layer or step", "squared error / d", log))
+        panels.append(panel(name, curves, "layer or step", "squared error/d", log, ylim=(1e-7, 2)))
     errors = means((s.layers[FIRST_LAYER - 1 :, :, n] - s.ys[:, n]).square())  # of layers 2..L
     digits = -errors.log10().diff()  # gained by layers 3..L: (1 + rounds, L-2)
     half = digits.shape[-1] // 2
@@ -784,13 +784,13 @@ def heatmaps(config):
 
 # %% 11. How many products with S is a layer worth?
 # A ruler that can say no. A first-order method multiplies a vector by S once a step. Let its step
-# sizes and momenta be fixed in advance, but for the scale lambda_max(S). After D steps from 0 (the
+# sizes and momenta be fixed in advance, in units of 1/lambda_max(S). After D steps from 0 (the
 # first multiplies 0) w = p(S/lambda_max) b/lambda_max, with a polynomial p of degree D - 1 that is
 # the same for all prompts. So the p that is best on average is at least as good as *every* such
 # method, and least squares finds it, for each D and t. D*(l) is the D whose best p is as good as
-# layer l: a network that makes one such step a layer has D*(l) <= l. Not covered is CG: its step
-# sizes are inner products of the prompt's own vectors, so D of its steps may be worth more. (A
-# smaller class has one scale for all prompts, the largest lambda_max.)
+# layer l: a network that makes one such step a layer has D*(l) <= l. (Drawn too: sizes in one unit
+# for all.) Not covered is CG, which finds its sizes on the prompt. And Newton starts slower than
+# one: k steps reach lambda_max 2^(-k/2), D products lambda_max/D^2: at first D* is but 2^(k/4).
 
 def polynomial_features(xs, ys, t, degree, size=None):
     """x_q^T T_j(2 S/size - I) b/size, T_j Chebyshev polynomials, j < degree: (prompts, degree)."""
@@ -841,16 +841,16 @@ def products(config):
         found[f"products: t = {name}"] = measured(worth[:, -1])
     growth = found["products_growth"] = measured(2 ** rate(worth, log2=True))  # at t = n
     found["products_shape"] = measured(evidence("exponential", worth))
-    title = "The last layer is worth {:.0f} products with S; a layer multiplies them by {:.2f}"
+    title = "After n examples the last layer is worth {:.0f} products; a layer: times {:.2f}"
     return title.format(worth[0, -1], growth["value"]), panels, found
 
 
 # %% 12. Ill-conditioned data (Fu, section 4.3)
-# Condition number 100 costs GD up to a hundred times the steps, Newton at most 2 log2 100 more.
-# Fu: 21 Newton steps, as for kappa = 1; over 2,000 of GD.
+# For one error GD may need kappa times the steps, Newton 2 log2 kappa more. We compare the steps
+# that two networks' last layers match. Fu: 21 Newton steps for both; over 2,000 of GD.
 
 def conditioning(config):
-    """Fu, figures 4, 16: what kappa = 100 costs, by all rulers."""
+    """Fu, figures 4, 16: steps matched at kappa 1 and 100, all rulers."""
     panels, found, both = [], {}, []
     for c in (dataclasses.replace(config, kappa=kappa) for kappa in (1.0, 100.0)):
         worth = worth_in_products(c, study(c).layers, c.d + 2)
@@ -862,7 +862,7 @@ def conditioning(config):
         if not key.startswith("products"):
             found[f"kappa_{key}"] = measured(hard[:, -1] / easy[:, -1].clamp_min(1))
     costs = [found[f"kappa_{name}: error, t = n"]["value"] for name in ("Newton", "GD")]
-    title = "Condition number 100 costs, by error, {:.1f} times Newton's steps, {:.1f} times GD's"
+    title = "At kappa 100 the last layer matches {:.1f} times Newton's steps, {:.1f} times GD's"
     return title.format(*costs), panels, found
 
 
@@ -878,7 +878,7 @@ def not_linear(learner, xs, ys):
     x_mixed[:, -1] = (xs[:, -1] + x_b[:, -1]) / math.sqrt(2)
     prompts = [(xs, ys), (x_b, ys), (x_mixed, ys), (xs, y_b), (xs, (ys + y_b) / math.sqrt(2))]
     a, of_x_b, of_x, of_y_b, of_y = (learner(*prompt)[..., -1].double() for prompt in prompts)
-    error = 2 * (a - ys[:, -1]).square().mean(-1).clamp_min(TINY)  # 1 + 1/2 + 1/2 answers
+    error = 2 * (a - ys[:, -1]).square().mean(-1).clamp_min(TINY)  # 1 + 1/2 + 1/2 errors
     return [(both - (a + b) / math.sqrt(2)).square().mean(-1) / error
             for both, b in ((of_x, of_x_b), (of_y, of_y_b))]
 
@@ -894,12 +894,12 @@ def linearity(config):
         for name, curve in curves.items():
             found[f"not_linear: in {of}, {name}"] = measured(curve[-1])
     in_query, in_y = (share[-1] for share in shares["Transformer"])
-    title = f"Of the last error {in_query:.0%} is not linear in the query, {in_y:.0%} not in y"
+    title = f"Not linear: {in_query:.0%} of the last error in the query, {in_y:.0%} in y"
     return title, panels, found
 
 
 # %% Part III, theory that runs. 14. Newton's weights, written by hand (Fu, theorem 5.1)
-# An example is one token [T x_j ; x_j ; y_j]; T is Newton's M; T x_j is enough. Attention has ReLU
+# An example is one token [T x_j ; x_j ; y_j]; T, no token, is Newton's M. Attention has ReLU
 # in place of softmax, and two heads of opposite sign: ReLU(s) - ReLU(-s) = s. (The printed proof
 # gives both values one sign, which makes |s|; and scores <T x_j, x_t>, which make T S T^T: that
 # doubles antisymmetric rounding.) With j over the examples:
@@ -1033,7 +1033,7 @@ def preconditioners(config):
     entries = {"(equal)": ([0, 1], [0, 1]), "Transformer": (closed.flatten(), one.flatten())}
     title = f"Linear attention is {off:.1%} off theorem 1, {apart[-1].max():.2f} off theorem 3"
     panels = [panel("one layer", entries, "entry of A in theorem 1", "as trained"),
-              panel("three layers", paths, "training step / 10", "distance to a multiple of I")]
+              panel("three layers", paths, "1 + training step / 10", "distance to a multiple of I")]
     return title, panels, {"Ahn_one": measured(off), "Ahn_three": measured(apart[-1].max())}
 
 
@@ -1087,7 +1087,7 @@ def stages(config):
 # %% The run: pictures, table, command line. Nothing to learn here.
 EXPERIMENTS = {f.__name__: f for f in (by_hand, rulers, convergence, heatmaps, rates, products,
                conditioning, linearity, preconditioners, stages)}
-FU = dict(d=20, n=40, curriculum=25, prompts=320, figures="convergence,heatmaps,rates,products")
+FU = dict(d=20, n=40, curriculum=25, prompts=640, figures="convergence,heatmaps,rates,products")
 PRESETS = {
     "default": {},
     "quick": dict(d=3, n=6, layers=6, width=32, steps=500, muon_lr=0.02, adam_lr=0.02, prompts=256,
@@ -1119,7 +1119,7 @@ def draw(title, panels):
             name = re.split(r"\W", label)[0]  # none for a label in parentheses: a reference
             color = COLOR.get(name, colormaps["viridis"](0.9 * i / len(part["curves"])))
             style = ["o-", "s--", "^:", "v-.", "D-"][i % 5] if name in COLOR else "-"
-            ax.plot(c["x"], c["y"], style if name else "--", color=color, label=label)
+            ax.plot(c["x"], c["y"], style if name else style[1:], color=color, label=label)
             if c["bars"] is not None:
                 ax.vlines(c["x"], *c["bars"], color=color, alpha=0.5)
         ax.set(title=part["title"], **part["axes"])
