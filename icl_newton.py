@@ -13,10 +13,10 @@ trains such a network in minutes, reads a prediction out of every layer, lays it
 gradient descent, and asks whether the evidence could have said no.
 
     python icl_newton.py                    all figures, figures/results.json, a table of claims
-    python icl_newton.py --preset quick     a small first look in half a minute
+    python icl_newton.py --preset quick     a first look in half a minute
     python icl_newton.py --figures rates    one figure; --help lists every setting
 
-It finds (see README) that at d = 5 the last of 8 layers beats any first-order method of 8
+It finds (README) that at d = 5 the last of 8 layers beats any first-order method of 8
 steps, step sizes fixed in advance. But little singles out Newton: conjugate gradient climbs three
 Newton steps a step, a layer fewer by error after 2d examples, and training moves the rate.
 
@@ -447,7 +447,7 @@ def layer_learner(model, xs, ys):
 # make on a prompt, over the prefixes t = 1..n. (At t = 0 nobody knows anything; the authors' code
 # counts it.) Which step of Newton is a layer most like? *Equal error*: after how many steps is
 # Newton as good as the layer, after t examples? Intervals come from the bootstrap: everything is
-# computed again on prompts drawn, with replacement, from those we have.
+# computed again on prompts drawn, with replacement, from ours.
 
 def error_cosines(traj_a, traj_b, ys):
     """Cosines of errors, prediction - y over t = 1..n, of all pairs, prompt by prompt, in float64.
@@ -498,6 +498,13 @@ def equal_steps(layers, counts, run, ys, t):
     return counts[right - 1] + share * (counts[right] - counts[right - 1])
 
 
+def by_each_ruler(layers, counts, run, ys, d):
+    """Both rulers, error after n and d examples: {ruler: (1 + rounds, L)}."""
+    pair = layers, counts, run, ys
+    equal = {f"error, t = {name}": equal_steps(*pair, t) for name, t in (("n", -1), ("d", d))}
+    return {"similarity": matched_steps(*pair)} | equal
+
+
 def line_fit(x, y):
     """Least-squares line through (x, y) along the last axis: slope and R^2, each (...)."""
     dx, dy = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
@@ -508,15 +515,14 @@ def line_fit(x, y):
 # %% 8. At which rate do the layers converge?
 # The best-matching steps of layers 3, 4, ... should lie on a line; its slope is the Newton steps
 # that a layer is worth. For GD it is their log2: steps double from layer to layer. An experiment
-# returns a title, its panels' data and {claim: measured}; `draw`, at the end, makes the picture.
+# returns a title, its panels' data and {claim: measured}; `draw` makes the picture.
 
 FIRST_LAYER = 3  # rates start here, as the paper's do
 NEWTON_STEPS = list(range(33))  # float64 is safe for about 40: off the span rounding doubles
 GD_STEPS = sorted({round(2 ** (k / 2)) for k in range(33)})  # 1, 2, 3, 4, 6, ..., 65536
 PAPER = {  # Fu's Transformer (d = 20, n = 40): best matches of layers 1..12, figures 8 and 10
     "Newton": [1, 1, 2, 5, 8, 10, 14, 16, 20, 20, 21, 21],
-    "GD": [1, 1, 4, 8, 32, 64, 256, 512, 1024, 4096, 4096, 4096],
-}
+    "GD": [1, 1, 4, 8, 32, 64, 256, 512, 1024, 4096, 4096, 4096]}
 SHAPE_OF = {"Newton": "line", "GD": "exponential"}  # what the paper sees in them
 
 
@@ -566,12 +572,9 @@ def study(config):
 @functools.cache
 def climbs(config):
     """The steps of Newton and GD that layers 1..L match: {"Newton: ruler": (1 + rounds, L)}."""
-    s, found = study(config), {}
-    for name, (counts, run) in s.runs.items():
-        found[f"{name}: similarity"] = matched_steps(s.layers, counts, run, s.ys)
-        for letter, t in (("n", config.n), ("d", config.d)):
-            found[f"{name}: error, t = {letter}"] = equal_steps(s.layers, counts, run, s.ys, t)
-    return found
+    s = study(config)
+    return {f"{name}: {ruler}": steps for name, run in s.runs.items()
+            for ruler, steps in by_each_ruler(s.layers, *run, s.ys, config.d).items()}
 
 
 def rates(config):
@@ -707,18 +710,18 @@ def conjugate_gradient(xs, ys, steps, ridge=0.0):
 
 
 def rulers(config):
-    """Known learners in the place of the layers, both rulers, d = 5 and 20. Trains nothing."""
+    """Known learners in the layers' place, each ruler, d = 5 and 20. Trains nothing."""
     panels, found = [], {}
     for d in (5, 20):
         xs, ys = sample_prompts(512, 2 * d, d, generator=torch.Generator().manual_seed(config.seed))
         target = NEWTON_STEPS, newton(xs, ys, NEWTON_STEPS)
         known = {"Newton": target[1][:13], "GD": gradient_descent(xs, ys, 12),
                  "CG": conjugate_gradient(xs, ys, min(d - 1, 12))}
-        for ruler, *t in ("similarity",), ("error, t = n", 2 * d), ("error, t = d", d):
-            match = equal_steps if t else matched_steps
-            climb = {name: match(run, *target, ys, *t) for name, run in known.items()}
-            panels.append(panel(f"d = {d}, by {ruler}", climb, "its own step", "Newton step"))
-            found[f"CG_rate: d = {d}, {ruler}"] = measured(rate(climb["CG"], first=1))
+        climb = {name: by_each_ruler(run, *target, ys, d) for name, run in known.items()}
+        for ruler in climb["CG"]:
+            curves = {name: steps[ruler] for name, steps in climb.items()}
+            panels.append(panel(f"d = {d}, by {ruler}", curves, "its own step", "Newton step"))
+            found[f"CG_rate: d = {d}, {ruler}"] = measured(rate(curves["CG"], first=1))
     for name, last in (("Newton", 9), ("GD", 10)):  # the paper's table, and the layers it fits
         for key, end in (("Fu", 12), (f"Fu, to layer {last}", last)):
             lead = evidence(SHAPE_OF[name], torch.tensor(PAPER[name][:end]))
@@ -739,8 +742,8 @@ def convergence(config):
     for name, (counts, run) in runs.items():
         error = (run - s.ys).square().mean(1) / d  # (steps, n+1)
         curves = {f"t = {t}": (counts, error[:, t]) for t in sorted({d - 1, d, d + 2, n})}
-        log = "xy" if name == "GD" else "y"
-        panels.append(panel(name, curves, "layer or step", "squared error/d", log, ylim=(1e-7, 2)))
+        labels = "layer or step", "squared error / d", "xy" if name == "GD" else "y"
+        panels.append(panel(name, curves, *labels, ylim=(1e-7, 2)))
     errors = means((s.layers[FIRST_LAYER - 1 :, :, n] - s.ys[:, n]).square())  # of layers 2..L
     digits = -errors.log10().diff()  # gained by layers 3..L: (1 + rounds, L-2)
     half = digits.shape[-1] // 2
@@ -846,11 +849,10 @@ def products(config):
 
 
 # %% 12. Ill-conditioned data (Fu, section 4.3)
-# For one error GD may need kappa times the steps, Newton 2 log2 kappa more. We compare the steps
-# that two networks' last layers match. Fu: 21 Newton steps for both; over 2,000 of GD.
+# For one error GD may need kappa times the steps, Newton 2 log2 kappa more. (Fu: over 2,000; 21.)
 
 def conditioning(config):
-    """Fu, figures 4, 16: steps matched at kappa 1 and 100, all rulers."""
+    """Fu, figures 4, 16: steps that two networks match, at kappa 1 and 100."""
     panels, found, both = [], {}, []
     for c in (dataclasses.replace(config, kappa=kappa) for kappa in (1.0, 100.0)):
         worth = worth_in_products(c, study(c).layers, c.d + 2)
@@ -861,9 +863,9 @@ def conditioning(config):
         panels.append(panel(key, {"kappa = 1": easy, "kappa = 100": hard}, **scale))
         if not key.startswith("products"):
             found[f"kappa_{key}"] = measured(hard[:, -1] / easy[:, -1].clamp_min(1))
-    costs = [found[f"kappa_{name}: error, t = n"]["value"] for name in ("Newton", "GD")]
-    title = "At kappa 100 the last layer matches {:.1f} times Newton's steps, {:.1f} times GD's"
-    return title.format(*costs), panels, found
+    ratios = [found[f"kappa_{name}: error, t = n"]["value"] for name in ("Newton", "GD")]
+    title = "By error, kappa = 100 matches {:.1f} times Newton's steps, {:.1f} times GD's"
+    return title.format(*ratios), panels, found
 
 
 # %% 13. Is an answer linear in the query, and in the answers before it?
@@ -1029,11 +1031,11 @@ def preconditioners(config):
     white, norm = root @ A @ root, torch.linalg.matrix_norm
     multiple = white.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(d)
     apart, off = norm(white - multiple) / norm(white), norm(one - closed) / norm(closed)
-    paths = {f"whitened A, layer {i + 1}": apart[::10, i] for i in range(3)}
+    paths = {f"whitened A, layer {i + 1}": (range(0, len(A), 10), apart[::10, i]) for i in range(3)}
     entries = {"(equal)": ([0, 1], [0, 1]), "Transformer": (closed.flatten(), one.flatten())}
     title = f"Linear attention is {off:.1%} off theorem 1, {apart[-1].max():.2f} off theorem 3"
     panels = [panel("one layer", entries, "entry of A in theorem 1", "as trained"),
-              panel("three layers", paths, "1 + training step / 10", "distance to a multiple of I")]
+              panel("three layers", paths, "training step", "distance to a multiple of I")]
     return title, panels, {"Ahn_one": measured(off), "Ahn_three": measured(apart[-1].max())}
 
 
