@@ -864,7 +864,7 @@ def conditioning(config):
         if not key.startswith("products"):
             found[f"kappa_{key}"] = measured(hard[:, -1] / easy[:, -1].clamp_min(1))
     ratios = [found[f"kappa_{name}: error, t = n"]["value"] for name in ("Newton", "GD")]
-    title = "By error, kappa = 100 matches {:.1f} times Newton's steps, {:.1f} times GD's"
+    title = "At t = n, kappa = 100 matches {:.1f} times Newton's steps, {:.1f} times GD's"
     return title.format(*ratios), panels, found
 
 
