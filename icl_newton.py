@@ -5,45 +5,47 @@
 """
 Do Transformers that learn linear regression in context run Newton's method, layer by layer?
 
-Give a Transformer a prompt x_1, y_1, ..., x_{n+1} whose answers come from a hidden rule y = w*.x,
-new in every prompt. Trained on enough of them, it solves a *new* regression in one forward pass. By
-which algorithm? Fu, Chen, Jia and Sharan (arXiv 2310.17086, "Fu") say: each layer is worth a fixed
-number of steps of Iterative Newton; gradient descent would need exponentially many. This file
-trains such a network in minutes, reads a prediction out of every layer, lays it beside Newton and
-gradient descent, and asks whether the evidence could have said no.
+Give a Transformer a prompt x_1, y_1, ..., x_{n+1} whose answers come from a hidden rule y =
+w*.x, new in every prompt. Trained on enough of them, it solves a *new* regression in one
+forward pass. By which algorithm? Fu, Chen, Jia and Sharan (arXiv 2310.17086, "Fu") say: each
+layer is worth a fixed number of steps of Iterative Newton; gradient descent would need
+exponentially many. This file trains such a network on their problem in minutes, reads a
+prediction out of every layer, lays it beside Newton, gradient descent (GD) and conjugate
+gradient (CG), and asks whether the evidence could have said no.
 
-    python icl_newton.py                    all figures, figures/results.json, a table of claims
+    python icl_newton.py                    eight figures, results, a table of claims
     python icl_newton.py --preset quick     a first look in half a minute
     python icl_newton.py --figures rates    one figure; --help lists every setting
 
-It finds (README) that at d = 5 the last of 8 layers beats any first-order method of 8
-steps, step sizes fixed in advance. But little singles out Newton: conjugate gradient climbs three
-Newton steps a step, a layer fewer by error after 2d examples, and training moves the rate.
+One idea carries the file: **every learner is a trajectory of predictions** (steps, prompts,
+n+1): a method's steps, a network's layers. The same comparisons serve them all.
 
-One idea carries the file: **every learner is a trajectory of predictions** (steps, prompts, n+1):
-a method's steps, a network's layers. The same comparisons serve them all.
+    Part I     the paper's claim: prompts, four learners, the network, two rulers, the figures
+    Part II    theory that runs: Newton written by hand; linear attention; softmax attention
+    Part III   machinery: claims, drawing, checkpoints, command line. Nothing to learn there.
 
-Unlike Fu's: d = 5, n = 10, 8 layers, not 20, 40, 12 (`--preset laptop`: Fu's d, n). Muon, not Adam:
-thousands of steps, not 500,000. GD's step size is 1/lambda_max(S), not 0.01. SiLU, not GELU.
+Unlike Fu's: 8 layers of width 64, not 12 of 256; Muon and thousands of steps, not Adam and
+500,000; GD's step size 1/lambda_max(S), not 0.01; SiLU, not GELU; positions start as
+sinusoids.
 
 Notation (Fu's). Shapes: prompts first, (prompts, n+1, d). P prompts, L layers, T tokens, W wide.
     d, n          dimension of x; examples in a prompt. The (n+1)-th x is the last query.
     t = 0..n      prefix length: every prompt asks n+1 questions, after 0, 1, ..., n examples
     Sigma, kappa  covariance of x and its condition number (1: isotropic)
     S, b          X^T X = sum_{i<=t} x_i x_i^T and X^T y of a prefix
+    M             Newton's estimate of the inverse of S
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import hashlib
-import inspect
+import io
 import json
 import math
 import os
-import re
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,55 +53,63 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps, rc_context
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import nn
 
-# %% Part I, the paper's claim. 1. Settings: the fields are the flags, the comments their help
+# %% Part I, the paper's claim. 1. Settings
+
+
+def setting(default, text, *allowed):
+    """A field of Config: its default, its line in --help, and (least, most) or allowed words."""
+    return dataclasses.field(default=default, metadata={"text": text, "allowed": allowed})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every setting of a run. Raises ValueError, in one line, for a value that cannot work."""
+    """Every setting of a run; its fields are the flags. ValueError for one that cannot work."""
 
-    d: int = 5  # dimension of x and of the hidden rule w*
-    n: int = 10  # examples in a prompt
-    kappa: float = 1.0  # condition number of the covariance of x (Fu's other value: 100)
-    noise: float = 0.0  # standard deviation of the noise on y (Fu's other value: 0.1)
-    tails: int = 0  # inputs with Student's t of so many degrees of freedom; 0: Gaussian
-    layers: int = 8  # layers of the Transformer
-    width: int = 40  # width of its residual stream
-    heads: int = 2  # attention heads per layer; must divide the width
-    recipe: str = "muon"  # muon, or fu: the paper's Adam at a constant 1e-4, mean squared error
-    steps: int = 6000  # training steps
-    batch: int = 64  # fresh prompts per step
-    muon_lr: float = 0.007  # Muon's step size, for the matrices of the blocks
-    adam_lr: float = 0.01  # AdamW's step size, for embedding, positions and readout
-    curriculum: int = 0  # steps per added dimension, starting at 2; 0: all d from the start
-    seed: int = 1  # of weights and prompts; it and all above it decide the weights
-    seeds: int = 1  # how many seeds to run, from `seed` on; verdicts then rest on their spread
-    prompts: int = 2048  # fresh prompts for comparisons; four times as many fit the readouts
-    preset: str = "default"  # default, quick (shrunk), laptop (Fu's problem) or paper (for CUDA)
-    figures: str = "all"  # which figures to make, by name, separated by commas
-    device: str = "auto"  # cpu, cuda, or auto: CUDA where there is one
-    out: str = "figures"  # folder for pictures and results.json
-    checkpoints: str = "checkpoints"  # folder for models, trained and in training
+    # These decide the weights of a network.
+    d: int = setting(20, "dimension of x and of the hidden rule w*", 2, 256)
+    n: int = setting(40, "examples in a prompt, at least d + 2", 4, 1024)
+    kappa: float = setting(1.0, "condition number of the covariance of x (Fu: 1, 100)", 1, 1e6)
+    noise: float = setting(0.0, "standard deviation of noise on y (Fu: 0, 0.1)", 0, 1e3)
+    layers: int = setting(8, "layers of the Transformer", 4, 64)
+    width: int = setting(64, "width of its residual stream", 2, 4096)
+    heads: int = setting(2, "attention heads per layer; must divide the width", 1, 64)
+    recipe: str = setting("muon", "muon; or fu: Adam at 1e-4, squared error", "muon", "fu")
+    steps: int = setting(1500, "training steps; 0: an untrained network", 0, 10**7)
+    tuning: int = setting(300, "further steps at kappa, if it is above 1", 0, 10**7)
+    batch: int = setting(96, "fresh prompts per step", 1, 65_536)
+    muon_lr: float = setting(0.014, "Muon's step size, for the layers' matrices", 1e-9, 1)
+    adam_lr: float = setting(0.005, "AdamW's, for embedding, positions, readout", 1e-9, 1)
+    curriculum: int = setting(12, "steps per added dimension; 0: all at once", 0, 10**6)
+    seed: int = setting(1, "of weights and prompts", 0, 10**9)
+    # These do not.
+    seeds: int = setting(1, "how many networks to compare, from `seed` on", 1, 100)
+    prompts: int = setting(640, "prompts to compare on; 4 times as many fit readouts", 2, 65_536)
+    figures: str = setting("all", "which figures to make, by name, separated by commas")
+    device: str = setting("auto", "auto: CUDA where there is one", "auto", "cpu", "cuda")
+    out: str = setting("figures", "folder for pictures and results")
+    checkpoints: str = setting("checkpoints", "folder for networks, trained and in training")
 
     def __post_init__(self):
-        check(self)  # near the end of the file
+        check(self)  # section 17
+
+
+NOT_OF_WEIGHTS = "seeds", "prompts", "figures", "device", "out", "checkpoints"
 
 
 # %% 2. Prompts (Fu, section 3)
-# w* ~ N(0, I_d), x_i ~ N(0, Sigma), y_i = w*.x_i + noise. A new w* for every prompt: nothing can be
-# memorised, so whatever predicts y_{t+1} must be an algorithm that runs on the prompt.
+# w* ~ N(0, I_d), x_i ~ N(0, Sigma), y_i = w*.x_i + noise. A new w* for every prompt: nothing
+# can be memorised, so whatever predicts y_{t+1} must be an algorithm that runs on the prompt.
 
-def sample_prompts(prompts, n, d, *, kappa=1.0, noise=0.0, tails=0, generator=None):
-    """Regression prompts xs (prompts, n+1, d), ys (prompts, n+1), float32, on generator's device.
+def sample_prompts(prompts, n, d, kappa=1.0, noise=0.0, generator=None):
+    """Regression prompts xs (prompts, n+1, d), ys (prompts, n+1), float32, generator's device.
 
     kappa > 1: each prompt has its own covariance, a uniformly random eigenbasis whose first d//2
     eigenvalues are kappa times the others, of trace d (Fu, section 4.3). noise: the standard
-    deviation of what is added to every y. tails > 0: every Gaussian x_i is divided by the root
-    mean square of so many standard normals, which makes it Student's t.
+    deviation of what is added to every y.
     """
     device = generator.device if generator else None
     draw = functools.partial(torch.randn, generator=generator, device=device)
@@ -110,36 +120,43 @@ def sample_prompts(prompts, n, d, *, kappa=1.0, noise=0.0, tails=0, generator=No
         eigenvalues *= d / eigenvalues.sum()
         basis = torch.linalg.qr(draw(prompts, d, d)).Q
         xs = (xs * eigenvalues.sqrt()) @ basis.mT
-    if tails:
-        xs = xs * draw(prompts, n + 1, tails).square().mean(-1, keepdim=True).rsqrt()
     w_star = draw(prompts, d, 1)
     ys = (xs @ w_star).squeeze(-1)
-    return xs, (ys + noise * draw(prompts, n + 1) if noise else ys)
+    return xs, ys + noise * draw(prompts, n + 1)
 
 
-def draw_prompts(config, count, generator, n=None, d=None):
-    """Prompts of the configuration's distribution, of its own size unless another is given."""
-    law = dict(kappa=config.kappa, noise=config.noise, tails=config.tails)
-    return sample_prompts(count, n or config.n, d or config.d, **law, generator=generator)
+def fresh_prompts(config, count, purpose):
+    """Prompts that training never saw, on the CPU; each purpose, a number, has its own."""
+    generator = torch.Generator().manual_seed(1_000_003 * config.seed + purpose)
+    return sample_prompts(count, config.n, config.d, config.kappa, config.noise, generator)
 
 
-# %% 3. Three classical learners (Fu, section 3.1)
-# They see a prefix only through S = X^T X and b = X^T y, all prefixes at once, in float64. Noise of
-# variance s^2 turns the best predictor's S into S + s^2 I: that is `ridge`.
+# %% 3. Four classical learners (Fu, section 3.1)
+# They see a prefix only through S = X^T X and b = X^T y, all prefixes at once, in float64.
+# Noise of variance s^2 turns the best predictor's S into S + s^2 I: that is `ridge`.
 #     least squares       w = pinv(S) b               the answer; of minimum norm while t < d
 #     gradient descent    w <- w - eta (S w - b)      O(kappa log 1/eps) steps; kappa of S
 #     Iterative Newton    M <- 2M - M S M,  w = M b   O(log kappa + log log 1/eps) steps
+#     conjugate gradient  the best w in span(b, S b, S^2 b, ...): the best of all methods that
+#                         multiply by S once a step; exact after d steps. It is our *control*:
+#                         what it does, too, is no sign of Newton.
+#
 # Newton looks for the inverse of S. Let R_k = I - S M_k be what is missing from it. Then
 #     R_{k+1} = I - S (2 M_k - M_k S M_k) = (I - S M_k)^2 = R_k^2,
-# so 10^-3 becomes 10^-6, then 10^-12: digits double. Without noise w* - w_k = R_k w*, as M_k and S
-# commute. Along an eigenvector of eigenvalue lambda, k steps of Newton, M_0 = alpha S, leave a
-# share (1 - alpha lambda^2)^(2^k) of the error, m steps of GD (1 - eta lambda)^m. So at first only
-# Newton's *reach* grows: it has found directions with lambda > lambda_max 2^(-k/2), GD those with
-# lambda > lambda_max/m. Once all are found, digits double. The figures mostly measure phase one.
+# so 10^-3 becomes 10^-6, then 10^-12: digits double. Without noise w* - w_k = R_k w*, as M_k
+# and S commute. Along an eigenvector of eigenvalue lambda, k steps of Newton, M_0 = alpha S,
+# leave a share (1 - alpha lambda^2)^(2^k) of the error, m steps of GD (1 - eta lambda)^m.
 #
-# Newton converges for alpha < 2/lambda_max(S)^2. Fu print the edge, 2/||S S^T||_2: one eigenvalue
-# of R is -1 there, and its square never shrinks. And the order of factors matters: M S M forgets
-# rounding errors; S M M or M M S lets them grow up to kappa-fold in every step.
+# In practice? A direction is found when its share is small: when 2^k alpha lambda^2, or m eta
+# lambda, is about 1. With alpha = 1/lambda_max^2 and eta = 1/lambda_max, Newton has found the
+# directions with lambda > lambda_max 2^(-k/2), GD those with lambda > lambda_max/m. So at
+# first a step of Newton widens its *reach* by 1.4; GD needs 1.4 times as many steps for the
+# same. Once all directions are found, digits double. The figures mostly measure the first
+# phase.
+#
+# Newton converges for alpha < 2/lambda_max(S)^2. Fu print the edge, 2/||S S^T||_2: one
+# eigenvalue of R is -1 there, and its square never shrinks. And the order of factors matters:
+# M S M forgets rounding errors; S M M or M M S lets them grow up to kappa-fold in every step.
 
 TINY = 1e-30  # keeps the empty prefix, S = 0, from dividing by zero
 RANK_TOLERANCE = 1e-12  # an eigenvalue below this share of the largest is rounding
@@ -148,17 +165,11 @@ RANK_TOLERANCE = 1e-12  # an eigenvalue below this share of the largest is round
 def prefix_moments(xs, ys, ridge=0.0):
     """S (prompts, n+1, d, d), plus ridge I, and b (prompts, n+1, d) of the prefixes t = 0..n."""
     xs, ys = xs.double(), ys.double()
-
-    def sum_before(z):  # shifted by one, so that no prediction sees its own answer
-        return torch.cat([torch.zeros_like(z[:, :1]), z[:, :-1].cumsum(1)], dim=1)
-
-    S = sum_before(xs[..., :, None] * xs[..., None, :])
-    return S + ridge * torch.eye(xs.shape[-1]).to(S), sum_before(ys[..., None] * xs)
-
-
-def step_counts(steps):
-    """The step counts of a trajectory, in increasing order; an int s means 0..s."""
-    return list(range(steps + 1)) if isinstance(steps, int) else list(steps)
+    S = (xs[..., :, None] * xs[..., None, :]).cumsum(1)  # of t + 1 examples, at entry t
+    b = (ys[..., None] * xs).cumsum(1)
+    # Shifted by one, since no prediction may see its own answer; and nothing is known at t = 0.
+    S, b = F.pad(S[:, :-1], (0, 0, 0, 0, 1, 0)), F.pad(b[:, :-1], (0, 0, 1, 0))
+    return S + ridge * torch.eye(xs.shape[-1]).to(S), b
 
 
 def times(matrices, vectors):
@@ -178,45 +189,89 @@ def ols(xs, ys, ridge=0.0):
     return predict(times(inverse, b)[None], xs)
 
 
-def gradient_descent(xs, ys, steps, lr=None, ridge=0.0):
-    """Gradient descent from 0, w <- w - lr (S w - b): a trajectory (len(steps), prompts, n+1).
+def gradient_descent(xs, ys, steps, ridge=0.0):
+    """Gradient descent, w <- w - eta (S w - b) from w = 0: a trajectory (steps+1, prompts, n+1).
 
-    lr, a number, defaults to the textbook's safe step 1/lambda_max(S), prefix by prefix.
+    eta is the textbook's safe step 1/lambda_max(S), prefix by prefix. Step 0 is w = 0. Float64.
     """
     S, b = prefix_moments(xs, ys, ridge)
-    eigenvalues, U = torch.linalg.eigh(S)  # ascending; eigenvectors are the columns of U
-    lr = 1 / eigenvalues[..., -1:].clamp_min(TINY) if lr is None else lr
-    spanned = eigenvalues > RANK_TOLERANCE * eigenvalues[..., -1:]
-    solution = torch.where(spanned, times(U.mT, b) / eigenvalues, 0.0)
-    k = torch.tensor(step_counts(steps), dtype=torch.float64)[:, None, None, None]
-    found = 1 - (1 - lr * eigenvalues) ** k  # (steps, prompts, n+1, d): k steps are one power
-    return predict(found * solution, times(U.mT, xs.double()))  # w.x is the same in every basis
+    eta = 1 / torch.linalg.eigvalsh(S)[..., -1:].clamp_min(TINY)  # (prompts, n+1, 1)
+    weights = [torch.zeros_like(b)]
+    for _ in range(steps):
+        weights.append(weights[-1] - eta * (times(S, weights[-1]) - b))
+    return predict(torch.stack(weights), xs)
+
+
+def gradient_descent_doubling(xs, ys, doublings, ridge=0.0):
+    """The same after 0, 1, 2, 4, ..., 2^doublings steps: (doublings+2, prompts, n+1).
+
+    m steps from 0 make w_m, and from any w they make B^m w + w_m, B = I - eta S. So 2m steps make
+    B^m w_m + w_m, and B^m is squared as Newton squares its R.
+    """
+    S, b = prefix_moments(xs, ys, ridge)
+    eta = 1 / torch.linalg.eigvalsh(S)[..., -1:].clamp_min(TINY)
+    B, w = torch.eye(S.shape[-1]).to(S) - eta[..., None] * S, eta * b
+    weights = [torch.zeros_like(b)]
+    for _ in range(doublings + 1):
+        weights.append(w)
+        B, w = B @ B, times(B, w) + w
+    return predict(torch.stack(weights), xs)
 
 
 def newton_start(S):
-    """A safe alpha for M_0 = alpha S (..., d, d): 1/||S S^T||_F (..., 1, 1), finite for S = 0."""
+    """A safe alpha for M_0 = alpha S (..., d, d): (..., 1, 1), finite for S = 0 too.
+
+    At most 1/lambda_max(S)^2, so that no eigenvalue of R_0 = I - alpha S^2 is negative, and not
+    much less, since every halving costs a step.
+    """
+    # The authors' code has 1/||S S^T||_F, which asks for no eigenvalues.
     return 1 / torch.linalg.matrix_norm(S @ S.mT, keepdim=True).clamp_min(TINY)
 
 
 def newton(xs, ys, steps, alpha=None, ridge=0.0):
     """Iterative Newton, M <- 2M - M S M from M_0 = alpha S, w_k = M_k b (Fu, section 3.1).
 
-    A trajectory (len(steps), prompts, n+1), float64; step 0 is M_0. alpha, a number, defaults to
+    A trajectory (steps+1, prompts, n+1), float64; step 0 is M_0. alpha, a number, defaults to
     newton_start(S), prefix by prefix.
     """
-    counts = step_counts(steps)
     S, b = prefix_moments(xs, ys, ridge)
     M = (newton_start(S) if alpha is None else alpha) * S
     weights = [times(M, b)]
-    for _ in range(counts[-1]):
+    for _ in range(steps):
         M = 2 * M - M @ S @ M
         weights.append(times(M, b))
-    return predict(torch.stack(weights)[counts], xs)
+    return predict(torch.stack(weights), xs)
+
+
+def conjugate_gradient(xs, ys, steps, ridge=0.0):
+    """Conjugate gradient on S w = b from w = 0: a trajectory (steps+1, prompts, n+1), float64.
+
+    Each step goes to the lowest point along its direction, and directions are S-orthogonal to
+    all earlier ones, so that nothing gained is lost again (Hestenes and Stiefel, 1952).
+    """
+    S, b = prefix_moments(xs, ys, ridge)
+    residual, direction, weights = b, b, [torch.zeros_like(b)]
+    energy = start = b.square().sum(-1, keepdim=True)  # (prompts, n+1, 1)
+    for _ in range(steps):
+        S_direction = times(S, direction)
+        length = energy / (direction * S_direction).sum(-1, keepdim=True)
+        length = torch.where(energy > 1e-28 * start, length, 0.0)  # only rounding is left: stop
+        weights.append(weights[-1] + length * direction)
+        residual = residual - length * S_direction
+        before, energy = energy, residual.square().sum(-1, keepdim=True)
+        direction = residual + energy / before.clamp_min(TINY) * direction
+    return predict(torch.stack(weights), xs)
 
 
 # %% 4. The Transformer
-# A decoder like GPT-2: blocks of causal attention and an MLP add to a residual stream. It predicts
-# y_{t+1} at the token x_{t+1}. Normalised queries and keys keep large step sizes stable.
+# A decoder like GPT-2: layers of causal attention and an MLP add to a residual stream. It
+# predicts y_{t+1} at the token x_{t+1}. Normalised queries and keys keep large step sizes
+# stable.
+#
+# Its first task is a copy: y_i must meet its x_i, one token to the left. Learned position by
+# position, that copy is where training at d = 20 got stuck. Sinusoids make it one task, since
+# a step to the left is the same rotation everywhere. So positions *start* as sinusoids, of a
+# size that leaves the prompt heard, and are learned from there.
 
 def interleave(xs, ys):
     """Prompts (prompts, n+1, d), (prompts, n+1) -> tokens (prompts, 2n+1, d): x_1, y_1, ...
@@ -225,6 +280,12 @@ def interleave(xs, ys):
     """
     y_tokens = F.pad(ys[..., None], (0, xs.shape[-1] - 1))  # (prompts, n+1, d): y, 0, ..., 0
     return torch.stack([xs, y_tokens], dim=2).flatten(1, 2)[:, :-1]
+
+
+def sinusoids(T, W):
+    """A code for T positions (T, W): sines and cosines of periods of 2 pi to 200 pi tokens."""
+    angles = torch.arange(T)[:, None] * 100.0 ** -torch.linspace(0, 1, (W + 1) // 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :W]
 
 
 def normalize(h):
@@ -244,11 +305,11 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, L, W, T = config, config.layers, config.width, 2 * config.n + 1
-        self.read_in = nn.Parameter(0.3 * torch.randn(W, config.d) / math.sqrt(config.d))
-        self.positions = nn.Parameter(0.02 * torch.randn(T, W))
+        self.heads, L, W = config.heads, config.layers, config.width
+        self.read_in = nn.Parameter(torch.randn(W, config.d) / math.sqrt(config.d))
+        self.positions = nn.Parameter(0.3 * sinusoids(2 * config.n + 1, W))
         self.read_out = nn.Parameter(torch.zeros(W))
-        # Standard deviations 1/sqrt(3 W), as torch.nn.Linear's; half that for what writes into h.
+        # Standard deviations 1/sqrt(3 W), as torch.nn.Linear's; half that for what writes to h.
         self.attention = nn.Parameter(torch.randn(L, 4, W, W) / math.sqrt(3 * W))  # Q, K, V, O
         self.mlp = nn.Parameter(torch.randn(L, 2, 2 * W, W) / math.sqrt(3 * W))  # up, down^T
         with torch.no_grad():
@@ -256,40 +317,48 @@ class Transformer(nn.Module):
             self.mlp[:, 1] /= 2
 
     def stream(self, xs, ys):
-        """The residual stream (prompts, T, W) after the embedding and after every layer."""
-        h = interleave(xs, ys) @ self.read_in.mT
+        """The residual stream (P, T, W) after the embedding and after every layer."""
+        h = interleave(xs, ys) @ self.read_in.mT  # (P, T, d) @ (d, W)
         h = h + self.positions[: h.shape[1]]
         yield h
         for attention, (up, down) in zip(self.attention.unbind(), self.mlp.unbind()):
             h = h + self.attend(normalize(h), attention)
-            h = h + F.silu(normalize(h) @ up.mT) @ down
+            h = h + F.silu(normalize(h) @ up.mT) @ down  # (P, T, W) -> (P, T, 2W) -> (P, T, W)
             yield h
 
     def attend(self, h, weights):
-        """Multi-head causal attention on h (prompts, T, W) with weights (4, W, W)."""
-        P, T, W = h.shape
-        qkv = F.linear(h, weights[:3].flatten(0, 1))
-        q, k, v = qkv.view(P, T, 3, self.config.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = causal_attention(normalize(q), normalize(k), v)  # (prompts, heads, T, W/heads)
-        return mixed.transpose(1, 2).reshape(P, T, W) @ weights[3].mT
+        """Multi-head causal attention on h (P, T, W) with weights Q, K, V, O (4, W, W)."""
+        QKV = weights[:3].flatten(0, 1)  # (3W, W): one product in place of three
+        qkv = (h @ QKV.mT).unflatten(-1, (3, self.heads, -1))  # (P, T, 3, heads, W/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (P, heads, T, W/heads)
+        mixed = causal_attention(normalize(q), normalize(k), v)
+        return mixed.transpose(1, 2).flatten(2) @ weights[3].mT  # heads side by side: (P, T, W)
 
     def states(self, xs, ys):
-        """What probes see: the normalised x tokens of the stream, (L+1, prompts, n+1, W)."""
+        """What probes see: the normalised x tokens of the stream, (L+1, P, n+1, W)."""
         return torch.stack([normalize(h[:, ::2]) for h in self.stream(xs, ys)])
 
     def forward(self, xs, ys):
-        """Predictions (prompts, n+1) of ys: entry t is made at the token x_{t+1}."""
+        """Predictions (P, n+1) of ys: entry t is made at the token x_{t+1}."""
         *_, last = self.stream(xs, ys)
         return normalize(last[:, ::2]) @ self.read_out
 
 
 # %% 5. Training
-# The paper's Adam takes hundreds of thousands of steps. Two changes, and larger steps that shrink,
-# make it thousands (`--recipe fu` has none). Each prefix counts by the *square root* of its mean
-# error: late errors are a thousand times smaller than early ones, yet show the rate. (Errors are
-# |e|^1.5: among squares a few unlucky prompts drown the rest.) And Muon (Keller Jordan, 2024)
-# replaces each matrix's momentum by the nearest orthogonal matrix, which a relative of Newton's
-# iteration finds: all directions are learned at one speed.
+# The paper's Adam takes hundreds of thousands of steps (`--recipe fu` is it). Three changes
+# make it thousands. First the loss. With e_t the error after t examples, it is
+#     mean over t of  sqrt( mean over prompts of |e_t|^1.5 ).
+# Late errors are a thousand times smaller than early ones, which no method can avoid; yet the
+# late ones show how well a network computes. The root lets them count. And |e|^1.5 in place
+# of e^2, since among squares a few unlucky prompts drown the rest.
+#
+# Second the optimiser. Muon (Keller Jordan, 2024) replaces each matrix's momentum by the
+# nearest orthogonal matrix, so that all directions are learned at one speed. To find it takes
+# five steps of X <- a X + b (X X^T) X + c (X X^T)^2 X, a relative of Newton's: they move
+# every singular value s to a s + b s^3 + c s^5. Jordan's a, b, c drive it to about 1 fast.
+#
+# Third a curriculum (Garg et al., 2022): 2 dimensions and 2d + 2 examples at first, then
+# more, up to d and n. Training at d = 20 does not start without it.
 
 def orthogonalize(G):
     """Roughly the nearest orthogonal matrix to each of (..., m, n); tiny singular values lag."""
@@ -309,7 +378,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """One update, of the size of AdamW's."""
+        """One update, of the size of AdamW's: entries of about 0.2 lr (Liu et al., 2025)."""
         for group in self.param_groups:
             for p in group["params"]:
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
@@ -327,102 +396,69 @@ def make_optimizers(model, config):
     return [adam, Muon([model.attention, model.mlp], config.muon_lr)]
 
 
-def training_prompts(config, step, generator):
-    """The fresh prompts of one training step: xs (batch, n+1, d), ys (batch, n+1).
-
-    A curriculum (Garg et al., 2022) starts with 2 active dimensions and 2d + 2 examples, and grows
-    both up to d and n; inactive dimensions are 0. Training at d = 20 does not start without it.
-    """
+def curriculum(config, step):
+    """Active dimensions and examples of a training step: (d, n)."""
     d = min(2 + step // config.curriculum, config.d) if config.curriculum else config.d
-    n = config.n if d == config.d else min(2 * d + 2, config.n)
-    xs, ys = draw_prompts(config, config.batch, generator, n, d)
-    return F.pad(xs, (0, config.d - d)), ys
+    return d, config.n if d == config.d else min(2 * d + 2, config.n)
 
 
 def training_step(model, optimizers, config, step, generator):
-    """One step on fresh prompts. Returns their mean squared error, a tensor on the device."""
-    xs, ys = training_prompts(config, step, generator)
-    error = model(xs, ys) - ys  # (batch, n+1)
-    warm_up, decay = min((step + 1) / 100, 1), (config.steps - step) / config.steps
+    """One step on fresh prompts. Returns their errors (batch, n+1), on the device."""
+    d, n = curriculum(config, step)
+    xs, ys = sample_prompts(config.batch, n, d, config.kappa, config.noise, generator)
+    error = model(F.pad(xs, (0, config.d - d)), ys) - ys  # inactive dimensions are 0
     if config.recipe == "fu":
         loss, factor = error.square().mean(), 1.0
     else:
         typical = error.abs().clamp_min(TINY).pow(1.5).mean(0)  # (n+1,), prefix by prefix
-        loss, factor = typical.sqrt().mean(), warm_up * decay
+        loss = typical.sqrt().mean()
+        factor = min((step + 1) / 100, 1) * (1 - step / config.steps)  # of the step sizes
     loss.backward()
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
         optimizer.step()
     model.zero_grad()
-    return error.detach().square().mean()
+    return error.detach()
 
 
-def checkpoint_path(config, device):
-    """The file of this training; its name has a hash of all that decides the weights, code too."""
-    code = [Transformer, interleave, normalize, causal_attention, sample_prompts, draw_prompts,
-            training_prompts, training_step, make_optimizers, Muon, orthogonalize]
-    settings = str(list(vars(config).items())).partition("('seeds'")[0]
-    text = "".join(map(inspect.getsource, code)) + settings + str(device)
-    key = hashlib.sha256(text.encode()).hexdigest()[:10]
-    return Path(config.checkpoints) / f"d{config.d}-seed{config.seed}-{key}.pt"
-
-
-def write_file(path, write):
-    """write(temporary path), then move it to `path`: a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
-    temporary.replace(path)
-
-
-def train(config, save_every=250):
+def train(config):
     """The trained network of `config`; a killed run goes on at its checkpoint, to the same bits.
 
-    FloatingPointError: the loss is not finite. ValueError: the checkpoint is damaged.
+    At kappa > 1 the network of kappa = 1 goes on, for `tuning` steps. FloatingPointError: errors
+    are not finite. ValueError: the checkpoint is damaged.
     """
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
     model = Transformer(config).to(device)
-    parts = [model, *make_optimizers(model, config)]
+    if config.kappa > 1:
+        model.load_state_dict(train(dataclasses.replace(config, kappa=1.0)).state_dict())
+        config = dataclasses.replace(config, curriculum=0, steps=config.tuning)
+    if config.steps == 0:
+        return model.requires_grad_(False)
     generator = torch.Generator(device).manual_seed(config.seed)
-    path = checkpoint_path(config, device)
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-    except Exception as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it") from None
-    for part, state in zip(parts, saved.get("parts", [])):
-        part.load_state_dict(state)
-    generator.set_state(saved.get("generator", generator.get_state()))
-    first, start = saved.get("done", 0), time.perf_counter()
-    for done in range(first + 1, config.steps + 1):
-        error = training_step(model, parts[1:], config, done - 1, generator)
-        if done % save_every == 0 or done == config.steps:
-            if not error.isfinite():
-                raise FloatingPointError(f"no finite loss at step {done}: try a smaller --muon_lr")
+    optimizers = make_optimizers(model, config)
+    checkpoint = Checkpoint(config, model, optimizers, generator)  # section 16
+    first, start = checkpoint.restore(), time.perf_counter()
+    # Not even the best learner has an average of 0: t < d examples leave 1 - t/d unknown.
+    best = sum(1 - t / config.d for t in range(config.d)) / (config.n + 1)
+    best = f" (at best {best:.3f})" if config.kappa == 1 and config.noise == 0 else ""
+    for step in range(first, config.steps):
+        error = training_step(model, optimizers, config, step, generator)
+        done = step + 1
+        if done % 250 == 0 or done == config.steps:
+            d, size = curriculum(config, step)[0], error.square().mean(0)  # (n+1,)
+            if not size.isfinite().all():
+                raise FloatingPointError(f"no finite error at step {done}: lower --muon_lr")
             left = (time.perf_counter() - start) / (done - first) * (config.steps - done)
-            print(f"  step {done}, error/d {error / config.d:.4f}, {left:.0f} s left", flush=True)
-            states = [part.state_dict() for part in parts]
-            saved = dict(done=done, parts=states, generator=generator.get_state())
-            write_file(path, functools.partial(torch.save, saved))
+            print(f"  step {done}, d = {d}: error / d {size[-1] / d:.4f} after the last example, "
+                  f"{size.mean() / d:.3f} on average{best}; {left:.0f} s left", flush=True)
+            checkpoint.save(done)
     return model.requires_grad_(False)
 
 
 # %% 6. What does each layer know? (Fu, section 4.1)
-# Fit, for every layer of the frozen network, the linear readout that predicts best from its state,
-# on prompts other than those that judge it, and many: 2,048 would double the last layer's error.
-
-def fresh_prompts(config, count, purpose):
-    """Prompts that training never saw, on the CPU; each purpose, a number, has its own."""
-    generator = torch.Generator().manual_seed(1_000_003 * config.seed + purpose)
-    return draw_prompts(config, count, generator)
-
-
-@torch.no_grad()
-def probe_features(model, xs, ys):
-    """All layers' states and a constant 1, in float64 on the CPU: (L+1, prompts, n+1, W+1)."""
-    device = model.read_out.device
-    return F.pad(model.states(xs.to(device), ys.to(device)).double().cpu(), (0, 1), value=1.0)
-
+# Fit, for every layer of the frozen network, the linear readout that predicts best from its
+# state, on prompts other than those that judge it, and many: few would blur the last layer.
 
 def least_squares_readout(H, y):
     """The r that minimises ||H r - y||: H (..., samples, width), y (samples,) -> (..., width).
@@ -432,326 +468,184 @@ def least_squares_readout(H, y):
     return times(torch.linalg.pinv(H.mT @ H, hermitian=True, rtol=1e-12), times(H.mT, y))
 
 
-def layer_learner(model, xs, ys):
-    """A learner: (xs, ys) -> the layers' predictions, (L+1, prompts, n+1); 0 is the embedding.
+@torch.no_grad()
+def probe_features(model, xs, ys):
+    """All layers' states and a constant 1, in float64 on the CPU: (L+1, prompts, n+1, W+1)."""
+    device = model.read_out.device
+    return F.pad(model.states(xs.to(device), ys.to(device)).double().cpu(), (0, 1), value=1.0)
 
-    Each layer's readout is the one that fits the given prompts best, all prefixes at once.
+
+def read_layers(model, fitting, prompts):
+    """The layers as a trajectory on `prompts`, (L+1, prompts, n+1); step 0 is the embedding.
+
+    fitting, prompts: pairs (xs, ys). Readouts are fitted on the first, all prefixes at once.
     """
-    H = probe_features(model, xs, ys).flatten(1, 2)
-    readouts = least_squares_readout(H, ys.double().flatten())
-    return lambda xs, ys: torch.einsum("lptw,lw->lpt", probe_features(model, xs, ys), readouts)
+    H = probe_features(model, *fitting).flatten(1, 2)  # (L+1, samples, W+1)
+    readouts = least_squares_readout(H, fitting[1].double().flatten())
+    return torch.einsum("lptw,lw->lpt", probe_features(model, *prompts), readouts)
 
 
-# %% 7. Comparing two learners
-# Two rulers. *Similarity* (Fu, section 4.1): the cosine between the error vectors that two learners
-# make on a prompt, over the prefixes t = 1..n. (At t = 0 nobody knows anything; the authors' code
-# counts it.) Which step of Newton is a layer most like? *Equal error*: after how many steps is
-# Newton as good as the layer, after t examples? Intervals come from the bootstrap: everything is
-# computed again on prompts drawn, with replacement, from ours.
-
-def error_cosines(traj_a, traj_b, ys):
-    """Cosines of errors, prediction - y over t = 1..n, of all pairs, prompt by prompt, in float64.
-
-    (A, prompts, n+1), (B, prompts, n+1) -> (A, B, prompts); 0 where an error is 0.
-    """
-    a, b = (F.normalize((z.double() - ys)[..., 1:], dim=-1) for z in (traj_a, traj_b))
-    return torch.einsum("apt,bpt->abp", a, b)
-
-
-def similarity_of_errors(traj_a, traj_b, ys):
-    """Fu's SimE, the mean of error_cosines over prompts: (A, B)."""
-    return error_cosines(traj_a, traj_b, ys).mean(-1)
-
-
-def best_match(similarity):
-    """For each step of a, the index of the most similar step of b: (..., A, B) -> (..., A)."""
-    return similarity.argmax(-1)
-
-
-def means(values, rounds=1000):
-    """Mean over prompts, then over resampled prompts: (..., prompts) -> (1 + rounds, ...).
-
-    The same draws in every call, so that a difference or a ratio of two means is fair.
-    """
-    P = values.shape[-1]
-    times_drawn = np.random.default_rng(0).multinomial(P, np.full(P, 1 / P), rounds)
-    shares = torch.from_numpy(np.vstack([np.ones(P), times_drawn]) / P)
-    return torch.einsum("rp,...p->r...", shares, values.double())
-
-
-def matched_steps(layers, counts, run, ys):
-    """The steps of a run that layers 1..L are most like: (1 + rounds, L), resampled as in means.
-
-    layers (L+1, prompts, n+1), run (K, prompts, n+1), counts (K,): the run's steps.
-    """
-    return torch.as_tensor(counts).double()[best_match(means(error_cosines(layers[1:], run, ys)))]
-
-
-def equal_steps(layers, counts, run, ys, t):
-    """The same, but when the run's mean squared error after t examples reaches the layer's."""
-    counts = torch.as_tensor(counts).double()
-    wanted, curve = (means((z[..., t] - ys[:, t]).square()) for z in (layers[1:], run))
-    wanted, rising = (-z.clamp_min(TINY).log() for z in (wanted, curve.cummin(-1).values))
-    right = torch.searchsorted(rising, wanted).clamp(1, len(counts) - 1)
-    low, high = rising.gather(-1, right - 1), rising.gather(-1, right)
-    share = ((wanted - low) / (high - low).clamp_min(TINY)).clamp(0, 1)
-    return counts[right - 1] + share * (counts[right] - counts[right - 1])
-
-
-def by_each_ruler(layers, counts, run, ys, d):
-    """Both rulers, error after n and d examples: {ruler: (1 + rounds, L)}."""
-    pair = layers, counts, run, ys
-    equal = {f"error, t = {name}": equal_steps(*pair, t) for name, t in (("n", -1), ("d", d))}
-    return {"similarity": matched_steps(*pair)} | equal
-
-
-def line_fit(x, y):
-    """Least-squares line through (x, y) along the last axis: slope and R^2, each (...)."""
-    dx, dy = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
-    slope = (dx * dy).sum(-1) / dx.square().sum(-1).clamp_min(TINY)
-    return slope, slope * (dx * dy).sum(-1) / dy.square().sum(-1).clamp_min(TINY)
-
-
-# %% 8. At which rate do the layers converge?
-# The best-matching steps of layers 3, 4, ... should lie on a line; its slope is the Newton steps
-# that a layer is worth. For GD it is their log2: steps double from layer to layer. An experiment
-# returns a title, its panels' data and {claim: measured}; `draw` makes the picture.
-
-FIRST_LAYER = 3  # rates start here, as the paper's do
-NEWTON_STEPS = list(range(33))  # float64 is safe for about 40: off the span rounding doubles
-GD_STEPS = sorted({round(2 ** (k / 2)) for k in range(33)})  # 1, 2, 3, 4, 6, ..., 65536
-PAPER = {  # Fu's Transformer (d = 20, n = 40): best matches of layers 1..12, figures 8 and 10
-    "Newton": [1, 1, 2, 5, 8, 10, 14, 16, 20, 20, 21, 21],
-    "GD": [1, 1, 4, 8, 32, 64, 256, 512, 1024, 4096, 4096, 4096]}
-SHAPE_OF = {"Newton": "line", "GD": "exponential"}  # what the paper sees in them
-
-
-def interval(samples):
-    """The middle 95% of samples (1 + rounds, ...): (2, ...)."""
-    return samples.double().quantile(torch.tensor([0.025, 0.975]).double(), dim=0)
-
-
-def measured(samples):
-    """A number, or the first of samples (1 + rounds,), with the middle 95% of them."""
-    samples = torch.as_tensor(samples).double().reshape(-1)
-    low, high = interval(samples).tolist()
-    return {"value": samples[0].item(), "low": low, "high": high}
-
-
-def panel(title, curves, xlabel="layer", ylabel="", log="", heat=None, **axes):
-    """One panel of a picture: curves {label: y or (x, y)}, x = 1, 2, ...; or a heat map.
-
-    y may be samples (1 + rounds, points): their first row is drawn, with 95% bars. log: which axes.
-    """
-    data = {}
-    for label, curve in curves.items():
-        x, y = curve if isinstance(curve, tuple) else (range(1, np.shape(curve)[-1] + 1), curve)
-        bars = interval(y) if np.ndim(y) == 2 else None
-        data[label] = {"x": x, "y": y if bars is None else y[0], "bars": bars}
-    axes |= {"xlabel": xlabel, "ylabel": ylabel} | {f"{axis}scale": "log" for axis in log}
-    return {"title": title, "curves": data, "heat": heat, "axes": axes}
-
-
-def rate(steps, log2=False, first=FIRST_LAYER):
-    """Slope of steps (..., L), or of their log2, against the layer, from the first on: (...)."""
-    y = steps.clamp_min(1).log2() if log2 else steps
-    return line_fit(torch.arange(first, y.shape[-1] + 1).double(), y[..., first - 1 :])[0]
+NEWTON_STEPS = range(33)  # float64 is safe for about 40: off the span rounding doubles
+GD_STEPS = [0, *(2**k for k in range(17))]  # 0, 1, 2, 4, ..., 65536
 
 
 @functools.cache
 def study(config):
-    """A trained network's layers, and the steps of Newton and GD, on one set of test prompts."""
-    model, ridge = train(config), config.noise**2
-    learner = layer_learner(model, *fresh_prompts(config, 4 * config.prompts, purpose=1))
-    xs, ys = fresh_prompts(config, config.prompts, purpose=2)
-    runs = {"Newton": (NEWTON_STEPS, newton(xs, ys, NEWTON_STEPS, ridge=ridge)),
-            "GD": (GD_STEPS, gradient_descent(xs, ys, GD_STEPS, ridge=ridge))}
-    return SimpleNamespace(learner=learner, xs=xs, ys=ys, layers=learner(xs, ys), runs=runs)
+    """A trained network's layers and three methods' steps, all on the same fresh prompts.
 
-
-@functools.cache
-def climbs(config):
-    """The steps of Newton and GD that layers 1..L match: {"Newton: ruler": (1 + rounds, L)}."""
-    s = study(config)
-    return {f"{name}: {ruler}": steps for name, run in s.runs.items()
-            for ruler, steps in by_each_ruler(s.layers, *run, s.ys, config.d).items()}
-
-
-def rates(config):
-    """Fu, figure 3, by both rulers: the steps of Newton and of GD that the layers match."""
-    found, curves = {}, {name: {"Fu: d = 20, 12 layers": PAPER[name]} for name in PAPER}
-    for key, steps in climbs(config).items():
-        name, ruler = key.split(": ")
-        shape, unit = SHAPE_OF[name], "doublings" if name == "GD" else "steps"
-        worth = found[f"{name}_rate: {ruler}"] = measured(rate(steps, log2=name == "GD"))
-        curves[name][f"{name} by {ruler}: {worth['value']:.1f} {unit} a layer"] = steps
-        if ruler == "similarity":
-            found[f"{name}_{shape}"] = measured(evidence(shape, steps))
-    panels = [panel("steps of Newton", curves["Newton"]),
-              panel("steps of GD", curves["GD"], log="y")]
-    both = (found[f"Newton_rate: {ruler}"]["value"] for ruler in ("similarity", "error, t = n"))
-    title = "A layer adds {:.1f} Newton steps by similarity, {:.1f} by error after n examples"
-    return title.format(*both), panels, found
-
-
-# %% Part II, evidence that can say no. 9. Claims, verdicts, rulers
-# Every claim, with its rule, before anything is measured; `.98 ..` reads: at least .98. A claim
-# *agrees* if the whole 95% interval (over prompts for one seed, over seeds for several) obeys the
-# rule, *fails* if all of it breaks the rule, and is *undecided* else. `shape`: see `evidence`.
-# Rulers before results: known algorithms take the place of the layers. The control is CG, conjugate
-# gradient: a first-order method, one product with S a step, exact after d steps, whose step sizes
-# adapt to the prompt. At d = 5 it climbs two or three Newton steps a step, by ruler: **there such
-# rates are no sign of second order.** At d = 20 they are about one.
-
-CLAIMS = """
-Newton_line     | fig. 3  | best-matching Newton steps lie on a line            | yes  | shape
-GD_exponential  | fig. 3  | best-matching GD steps grow exponentially           | yes  | shape
-Newton_rate     | fig. 3  | Newton steps per layer                              | 2.93 |
-GD_rate         | fig. 3  | doublings of GD steps per layer                     | 1.42 |
-CG_rate         | control | Newton steps per step of CG                         | -    |
-error           | open    | last layer's squared error / d after n examples     | -    |
-superlinear     | fig. 2  | digits gained per layer: later layers minus earlier | > 0  | 0 ..
-like_OLS        | tab. 1  | last layer's similarity to least squares            | -    | .98 ..
-like_Newton     | tab. 1  | its similarity to Newton minus to GD, at their best | .034 | 0 ..
-like_null       | open    | its similarity to Newton minus a shuffled null's    | -    |
-like_beyond_d   | open    | its similarity to Newton on prefixes t > d alone    | -    |
-products        | open    | products with S that the last layer is worth        | -    | L ..
-products_growth | open    | factor by which a layer multiplies them             | -    |
-products_shape  | open    | they grow exponentially with the layer              | -    | shape
-kappa_Newton    | fig. 4  | Newton steps matched, kappa = 100 over kappa = 1    | 1.0  | .. 1.5
-kappa_GD        | fig. 4  | GD steps matched, kappa = 100 over kappa = 1        | -    | 4 ..
-not_linear      | open    | share of the last layer's error that is not linear  | -    |
-by_hand         | thm 5.1 | Newton in hand-written layers: largest difference   | 0    | .. 1e-6
-Ahn_one         | thm 1   | one layer: relative distance to the closed form     | 0    | .. .03
-Ahn_three       | thm 3   | three layers, whitened: distance to a multiple of I | 0    | .. .1
-Huang_times     | Huang   | time to learn the other features over feature 1's   | -    |
-"""
-CLAIMS = {row[0]: row[1:] for row in (re.split(r" *\| ?", r) for r in CLAIMS.strip().split("\n"))}
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # 97.5%, by seeds
-
-
-def verdict(rule, low, high):
-    """agrees, fails or undecided for an interval and a rule; answer where there is no rule."""
-    if not rule:
-        return "answer"
-    least, most = rule.replace("shape", "1.3 ..").split("..")
-    least, most = float(least.strip() or -math.inf), float(most.strip() or math.inf)
-    if least <= low and high <= most:
-        return "agrees"
-    lost = -1.3 if rule == "shape" else least
-    return "fails" if high < lost or low > most else "undecided"
-
-
-def over_seeds(runs):
-    """Several seeds' numbers as one: their mean, with the 95% interval of Student's t."""
-    if len(runs) == 1:
-        return runs[0]
-    values = [run["value"] for run in runs]
-    half = STUDENT_T.get(len(runs), 2.3) * np.std(values, ddof=1) / math.sqrt(len(runs))
-    mean = np.mean(values)
-    return {"value": mean, "low": mean - half, "high": mean + half}
-
-
-def print_table(config, runs):
-    """Print the claims that were measured. Returns {claim: numbers, seeds' values, verdict}."""
-    results = {}
-    print("\nverdict (?: another seed may say otherwise)  measured [95%]  rule  paper  claim")
-    for key in runs[0]:  # "name: how" is the claim of that name, measured so
-        name, _, how = key.partition(": ")
-        _, text, paper, rule = CLAIMS[name]
-        m, rule = over_seeds([run[key] for run in runs]), rule.replace("L", str(config.layers))
-        outcome = verdict(rule, m["low"], m["high"])
-        results[key] = m | {"seeds": [run[key]["value"] for run in runs], "verdict": outcome}
-        unsure = len(runs) == 1 and name != "by_hand" and "Fu" not in how
-        if unsure and outcome in ("agrees", "fails"):
-            outcome += "?"
-        ends = f"[{m['low']:.3g}, {m['high']:.3g}]" if m["low"] < m["high"] else ""
-        print(f"{outcome:<11}{m['value']:>9.3g}  {ends:<18} {rule:<12} {paper:<5} {text} {how}")
-    return results
-
-
-SHAPES = {"line": torch.clone, "square root": torch.sqrt, "square": torch.square,
-          "logarithm": torch.log, "exponential": torch.clone, "power law": torch.log}
-LOG_Y = "exponential", "power law"  # where a line goes through log y, not y, against f(x)
-
-
-def evidence(shape, steps):
-    """How much likelier a shape is than its best rival, log10, for steps (..., L): (...).
-
-    R^2 says little: six points of a logarithm score .98 on a line. So a shape must beat rivals, all
-    of them lines through transformed points. With Gaussian residuals a likelihood is (mean squared
-    residual)^(-points/2), residuals of log y being multiplied by the geometric mean of y (Box and
-    Cox). Above 1.3, twenty times, the shape wins; below -1.3 it loses.
+    xs, ys; least_squares (1, prompts, n+1); runs, {learner: (its counts of steps, trajectory)}.
     """
-    y, fits = steps[..., FIRST_LAYER - 1 :].double().clamp_min(1), {}
-    x = torch.arange(FIRST_LAYER, steps.shape[-1] + 1).double()
-    for name, f in SHAPES.items():
-        z, unit = (y.log(), y.log().mean(-1).exp()) if name in LOG_Y else (y, 1.0)
-        unexplained = 1 - line_fit(f(x), z)[1].clamp_max(0.999)  # whole steps resolve no more
-        residual = unexplained * z.var(-1) * unit**2
-        fits[name] = -len(x) / 2 * residual.clamp_min(TINY).log10()
-    return fits.pop(shape) - torch.stack(list(fits.values())).amax(0)
+    fitting = fresh_prompts(config, 4 * config.prompts, purpose=1)
+    xs, ys = fresh_prompts(config, config.prompts, purpose=2)
+    layers = read_layers(train(config), fitting, (xs, ys))
+    data = dict(xs=xs, ys=ys, ridge=config.noise**2)
+    runs = {"Newton": (NEWTON_STEPS, newton(**data, steps=32)),
+            "GD": (GD_STEPS, gradient_descent_doubling(**data, doublings=16)),
+            "CG": (range(25), conjugate_gradient(**data, steps=24)),
+            "Transformer": (range(len(layers)), layers)}
+    return SimpleNamespace(xs=xs, ys=ys, runs=runs, least_squares=ols(**data))
 
 
-def conjugate_gradient(xs, ys, steps, ridge=0.0):
-    """Conjugate gradient on S w = b from w = 0: a trajectory (len(steps), prompts, n+1)."""
-    S, b = prefix_moments(xs, ys, ridge)
-    residual, direction, weights = b, b, [torch.zeros_like(b)]
-    energy = start = b.square().sum(-1, keepdim=True)  # (prompts, n+1, 1)
-    for _ in range(step_counts(steps)[-1]):
-        S_direction = times(S, direction)
-        length = energy / (direction * S_direction).sum(-1, keepdim=True)
-        length = torch.where(energy > 1e-28 * start, length, 0.0)  # only rounding is left: stop
-        weights.append(weights[-1] + length * direction)
-        residual = residual - length * S_direction
-        before, energy = energy, residual.square().sum(-1, keepdim=True)
-        direction = residual + energy / before.clamp_min(TINY) * direction
-    return predict(torch.stack(weights)[step_counts(steps)], xs)
+# %% 7. Two rulers
+# How many steps of Newton is a layer worth? *Similarity* (Fu, section 4.1) asks which step
+# makes the most similar errors: the cosine between the vectors of errors that two learners
+# make on a prompt, over the prefixes t = 1..n. (At t = 0 nobody knows anything; the authors'
+# code counts it.) *Equal error* asks after how many steps Newton errs as little as the layer,
+# after t examples. Any learner can stand in the layer's place, and one that is known should:
+# Newton itself must give 0, 1, 2, ...
+
+def similarity_of_errors(traj_a, traj_b, ys):
+    """Fu's SimE: cosines of prediction - y over t = 1..n, averaged over prompts, in float64.
+
+    (A, prompts, n+1), (B, prompts, n+1) -> (A, B), all pairs of steps; an error of 0 counts as 0.
+    """
+    a, b = (F.normalize((z.double() - ys)[..., 1:], dim=-1) for z in (traj_a, traj_b))
+    return torch.einsum("apt,bpt->ab", a, b) / ys.shape[0]
 
 
-def rulers(config):
-    """Known learners in the layers' place, each ruler, d = 5 and 20. Trains nothing."""
-    panels, found = [], {}
-    for d in (5, 20):
-        xs, ys = sample_prompts(512, 2 * d, d, generator=torch.Generator().manual_seed(config.seed))
-        target = NEWTON_STEPS, newton(xs, ys, NEWTON_STEPS)
-        known = {"Newton": target[1][:13], "GD": gradient_descent(xs, ys, 12),
-                 "CG": conjugate_gradient(xs, ys, min(d - 1, 12))}
-        climb = {name: by_each_ruler(run, *target, ys, d) for name, run in known.items()}
-        for ruler in climb["CG"]:
-            curves = {name: steps[ruler] for name, steps in climb.items()}
-            panels.append(panel(f"d = {d}, by {ruler}", curves, "its own step", "Newton step"))
-            found[f"CG_rate: d = {d}, {ruler}"] = measured(rate(curves["CG"], first=1))
-    for name, last in (("Newton", 9), ("GD", 10)):  # the paper's table, and the layers it fits
-        for key, end in (("Fu", 12), (f"Fu, to layer {last}", last)):
-            lead = evidence(SHAPE_OF[name], torch.tensor(PAPER[name][:end]))
-            found[f"{name}_{SHAPE_OF[name]}: {key}"] = measured(lead)
-    title = "By similarity CG climbs {:.1f} Newton steps a step at d = 5, {:.1f} at d = 20"
-    slopes = (m["value"] for key, m in found.items() if "similarity" in key)
-    return title.format(*slopes), panels, found
+def most_similar_steps(learner, run, ys):
+    """Which steps of a run, a pair (counts, trajectory), a learner's steps are most like: (A,)."""
+    counts, trajectory = run
+    return np.array(counts)[similarity_of_errors(learner, trajectory, ys).argmax(1)]
 
 
-# %% 10. Errors, layer by layer, and what similarity is made of
-# Most of an error no method can avoid: at t < d the examples do not determine w*. So a
-# *null* gives a layer's deviations from its best Newton step to other prompts, with random signs.
+def squared_error(traj, ys, t):
+    """Mean squared error after t examples, step by step: (steps,)."""
+    return (traj[..., t] - ys[:, t]).square().mean(-1)
 
-def convergence(config):
-    """Fu, figure 2: squared error of layers, of Newton's steps, and of GD's."""
-    s, d, n, panels = study(config), config.d, config.n, []
-    runs = {"Transformer": (range(config.layers + 1), s.layers)} | s.runs
-    for name, (counts, run) in runs.items():
-        error = (run - s.ys).square().mean(1) / d  # (steps, n+1)
-        curves = {f"t = {t}": (counts, error[:, t]) for t in sorted({d - 1, d, d + 2, n})}
-        labels = "layer or step", "squared error / d", "xy" if name == "GD" else "y"
-        panels.append(panel(name, curves, *labels, ylim=(1e-7, 2)))
-    errors = means((s.layers[FIRST_LAYER - 1 :, :, n] - s.ys[:, n]).square())  # of layers 2..L
-    digits = -errors.log10().diff()  # gained by layers 3..L: (1 + rounds, L-2)
-    half = digits.shape[-1] // 2
-    superlinear = digits[:, -half:].mean(-1) - digits[:, :half].mean(-1)
-    found = {"error": measured(errors[:, -1] / d), "superlinear": measured(superlinear)}
-    title = f"After {n} examples the last layer's error / d is {found['error']['value']:.1e}"
-    return title, panels, found
 
+def equal_error_steps(errors, counts, run_errors):
+    """After how many steps a run errs as little: errors (A,), counts, run_errors (B,) -> (A,).
+
+    Between the run's steps log error is taken to be linear; should it rise, the least counts.
+    """
+    wanted, gained = (-z.clamp_min(TINY).log() for z in (errors, run_errors))
+    return np.interp(wanted, gained.cummax(0).values, counts)
+
+
+# Rates are measured from layer 3 on, as the paper's are: the first two gather each y to its
+# x. Two shapes compete: a line, steps = a + b l, and an exponential, log2 steps = a + b l.
+# R^2, the share of the variance that a fit explains, says which is closer; on six points no
+# more than that.
+
+FIRST_LAYER = 3
+
+
+def line_fit(steps, first=FIRST_LAYER):
+    """Slope and R^2 of the least-squares line through steps (L,) of layers 1..L, from `first` on.
+
+    R^2 is 0 if the points neither rise nor fall.
+    """
+    y = np.asarray(steps)[first - 1 :]
+    x = np.arange(len(y))
+    slope = np.polyfit(x, y, 1)[0]
+    return slope, (slope * x.std() / y.std()) ** 2 if np.ptp(y) > 1e-9 else 0.0
+
+
+def doublings(steps):
+    """log2 of numbers of steps; less than one step counts as one."""
+    return np.log2(np.maximum(steps, 1))
+
+
+# %% 8. The paper's figures
+# An experiment draws one network's results into the panels of a `sheet` (section 15), which
+# all seeds share. It returns the panels; the headline, with gaps for numbers; and the numbers
+# that fill them and the claims (section 14): {key: measured} or {key: (measured, what it must
+# beat)}.
+
+PAPER = (  # Fu's Transformer (d = 20, n = 40): best matches of layers 1..12, figures 8 and 10
+    [1, 1, 2, 5, 8, 10, 14, 16, 20, 20, 21, 21],  # steps of Newton, then of GD
+    [1, 1, 4, 8, 32, 64, 256, 512, 1024, 4096, 4096, 4096])
+
+
+def learning_curves(config, t):
+    """Every learner's squared error after t examples: {learner: (counts, errors (counts,))}."""
+    s = study(config)
+    return {name: (counts, squared_error(run, s.ys, t)) for name, (counts, run) in s.runs.items()}
+
+
+def climb(config, learner):
+    """What a learner's steps 1..L match: three times (L,).
+
+    Steps of Newton and of GD by similarity, and of Newton by equal error after n examples.
+    """
+    s, curves, L = study(config), learning_curves(config, config.n), config.layers
+    run, errors = s.runs[learner][1][1 : L + 1], curves[learner][1][1 : L + 1]
+    return (most_similar_steps(run, s.runs["Newton"], s.ys),
+            most_similar_steps(run, s.runs["GD"], s.ys),
+            equal_error_steps(errors, *curves["Newton"]))
+
+
+def rates(config, sheet):
+    """Fu, figures 3, 8, 10: the steps of Newton and GD that layers match; CG is the control.
+
+    CG's rate counts all its steps until it is exact: it has no layers to lose.
+    """
+    axes = sheet("like which step of Newton?", "like which step of GD?",
+                 "erring as which step of Newton?", xlabel="layer, or step", ylabel="step")
+    axes[1].set_yscale("symlog", linthresh=1)
+    climbs = {name: climb(config, name) for name in ("Newton", "CG", "Transformer")}
+    for name, matched in [*climbs.items(), ("Fu's Transformer", PAPER)]:
+        for ax, steps in zip(axes, matched):
+            curve(ax, name, steps)
+    (to_newton, to_gd, equal), (cg, _, cg_equal) = climbs["Transformer"], climbs["CG"]
+    rate, line = line_fit(to_newton)
+    gd_rate, exponential = line_fit(doublings(to_gd))
+    title = "A layer is worth {newton_rate[0]:.1f} Newton steps, a step of CG {newton_rate[1]:.1f}"
+    return axes, title + "; by error {equal_rate[0]:.1f} and {equal_rate[1]:.1f}", {
+        "newton_rate": (rate, line_fit(cg[: config.d - 1], 1)[0]),
+        "equal_rate": (line_fit(equal)[0], line_fit(cg_equal[: config.d - 1], 1)[0]),
+        "newton_line": (line, line_fit(doublings(to_newton))[1]),
+        "gd_exponential": (exponential, line_fit(to_gd)[1]),
+        "gd_rate": gd_rate, "newton_steps": to_newton, "gd_steps": to_gd}
+
+
+def draw_learning_curves(ax, config, t):
+    """Every learner's squared error / d after t examples; returns learning_curves."""
+    curves = learning_curves(config, t)
+    for name, (counts, errors) in curves.items():
+        curve(ax, name, errors / config.d, counts)
+    return curves
+
+
+def convergence(config, sheet):
+    """Fu, figure 2: squared error of all four learners, against the layer or step."""
+    axes = sheet(f"after all {config.n} examples", f"after d + 2 = {config.d + 2} examples",
+                 xlabel="layer or step", ylabel="squared error / d", yscale="log",
+                 ylim=(1e-7, 2), xlim=(0, 24))
+    errors = draw_learning_curves(axes[0], config, config.n)["Transformer"][1]
+    draw_learning_curves(axes[1], config, config.d + 2)
+    digits = -errors[FIRST_LAYER - 1 :].log10().diff()  # gained by layers 3..L
+    early, late = digits[: len(digits) // 2], digits[-(len(digits) // 2) :]
+    title = f"After {config.n} examples the last layer's squared error / d is {{error:.1e}}"
+    gained = late.mean(), max(early.mean(), 0.1)  # a tenth of a digit at least
+    return axes, title, {"error": errors[-1] / config.d, "superlinear": gained}
+
+
+# What is similarity made of? Most of an error no method can avoid: t < d examples do not
+# determine w*. So a *null* keeps each layer's best Newton step and its deviations from that
+# step, but gives the deviations to other prompts, with random signs. Its score needs no
+# resemblance.
 
 def null_similarity(layers, steps, ys):
     """SimE (L,) of layers (L, P, n+1) with steps (L, P, n+1) when deviations are shuffled."""
@@ -762,154 +656,123 @@ def null_similarity(layers, steps, ys):
     return similarity_of_errors(shuffled, steps, ys).diagonal()
 
 
-def heatmaps(config):
-    """Fu, figures 3, 8, 10: similarity of errors; and what its null and t > d alone score."""
-    s, d, panels, curves, last, match = study(config), config.d, [], {}, {}, {}
-    layers, steps = s.layers[1:], s.runs["Newton"][1]
-    for name, (counts, run) in s.runs.items():
-        alike = means(error_cosines(layers, run, s.ys))  # (1 + rounds, L, K)
-        curves[name], last[name] = alike[0].amax(-1), alike[:, -1].amax(-1)
-        ticks = dict(yticks=range(0, len(counts), 8), yticklabels=counts[::8], ylabel="step")
-        match[name] = best_match(alike[0])
-        dots = {"Transformer's best match": match[name]}
-        panels.append(panel(name, dots, heat=alike[0].T, **ticks))
-    null = curves["(shuffled null)"] = null_similarity(layers, steps[match["Newton"]], s.ys)
-    late = similarity_of_errors(layers[..., d:], steps[..., d:], s.ys[:, d:]).amax(-1)
-    curves["Newton, t > d alone"] = late
-    panels.append(panel("similarity at the best step", curves))
-    to_ols = error_cosines(layers[-1:], ols(s.xs, s.ys, config.noise**2), s.ys)
-    found = {"like_OLS": measured(means(to_ols)), "like_beyond_d": measured(late[-1]),
-             "like_Newton": measured(last["Newton"] - last["GD"]),
-             "like_null": measured(last["Newton"][0] - null[-1])}
-    title = "The last layer's similarity to Newton: {:.3f}; shuffled: {:.3f}"
-    return title.format(last["Newton"][0], null[-1]), panels, found
+def heatmaps(config, sheet):
+    """Fu, figures 3, 8, 10: similarity of errors; beside it what a null and t > d alone score."""
+    s, d = study(config), config.d
+    axes = sheet("similarity to steps of Newton", "to steps of GD", "at the best step",
+                 xlabel="layer", ylabel="step")
+    layers, newton = s.runs["Transformer"][1][1:], s.runs["Newton"][1]
+    alike = {name: similarity_of_errors(layers, s.runs[name][1], s.ys) for name in ("Newton", "GD")}
+    for ax, (name, z) in zip(axes, alike.items()):  # z (L, steps)
+        curve(axes[2], name, z.amax(1))
+        if not ax.collections:  # the first seed's
+            x, counts = range(1, len(layers) + 1), s.runs[name][0]
+            mesh = ax.pcolormesh(x, range(len(counts)), z.T, vmin=0.5, vmax=1)
+            ax.figure.colorbar(mesh, ax=ax)
+            ax.plot(x, z.argmax(1), "ow", markeredgecolor="black", label="best step")
+            ax.set_yticks(range(0, len(counts), 4), counts[::4])
+    null = null_similarity(layers, newton[alike["Newton"].argmax(1)], s.ys)
+    late = similarity_of_errors(layers[..., d:], newton[..., d:], s.ys[:, d:])
+    curve(axes[2], "shuffled null", null)
+    curve(axes[2], "Newton, t > d alone", late.amax(1), style=":")
+    axes[2].set(ylabel="similarity of errors", ylim=(0, 1.03))
+    to_newton, to_gd = (z[-1].max() for z in alike.values())
+    title = "The last layer's similarity to Newton is {null[0]:.3f}; shuffled, it is {null[1]:.3f}"
+    return axes, title, {
+        "null": (to_newton, null[-1]), "like_newton": (to_newton, to_gd),
+        "like_ols": similarity_of_errors(layers[-1:], s.least_squares, s.ys)[0, 0]}
 
 
-# %% 11. How many products with S is a layer worth?
-# A ruler that can say no. A first-order method multiplies a vector by S once a step. Let its step
-# sizes and momenta be fixed in advance, in units of 1/lambda_max(S). After D steps from 0 (the
-# first multiplies 0) w = p(S/lambda_max) b/lambda_max, with a polynomial p of degree D - 1 that is
-# the same for all prompts. So the p that is best on average is at least as good as *every* such
-# method, and least squares finds it, for each D and t. D*(l) is the D whose best p is as good as
-# layer l: a network that makes one such step a layer has D*(l) <= l. (Drawn too: sizes in one unit
-# for all.) Not covered is CG, which finds its sizes on the prompt. And Newton starts slower than
-# one: k steps reach lambda_max 2^(-k/2), D products lambda_max/D^2: at first D* is but 2^(k/4).
+# %% 9. A ruler that can say no: how many products with S is a layer worth?
+# A first-order method multiplies a vector by S once a step. Let its step sizes and momenta be
+# fixed in advance, in units of 1/lambda_max(S). Two steps of GD with sizes u, v, from w = 0:
+#     w_1 = u b,    w_2 = w_1 - v (S w_1 - b) = (u + v) b - u v S b.
+# Whatever u and v are, w_2 = c_0 b + c_1 S b: a polynomial of S, of degree 1, times b, the
+# same for all prompts. D steps make one of degree D - 1. So the polynomial that is best on
+# average errs at most as much as *every* such method of D steps, and least squares finds it,
+# for each D and t. D*(l) is the D whose best polynomial errs as layer l does: a network that
+# makes one such step a layer has D*(l) <= l. More than that no first-order method with fixed
+# sizes can do.
+#
+# Not covered is CG, which finds its sizes on the prompt: it is drawn beside. And Newton
+# starts slower than one: k steps reach lambda_max 2^(-k/2), the best D products
+# lambda_max/D^2, so that at first Newton's D* is but 2^(k/4).
 
-def polynomial_features(xs, ys, t, degree, size=None):
-    """x_q^T T_j(2 S/size - I) b/size, T_j Chebyshev polynomials, j < degree: (prompts, degree)."""
+MOST_PRODUCTS = 128
+
+
+def polynomial_features(xs, ys, t):
+    """x_q^T T_j(2 S/lambda_max - I) b/lambda_max after t examples, j < 128: (prompts, 128).
+
+    T_j are Chebyshev's polynomials: the same span as powers of S, but far better conditioned.
+    """
     X, x_q = xs[:, :t].double(), xs[:, t].double()
     eigenvalues, U = torch.linalg.eigh(X.mT @ X)
-    size = eigenvalues[:, -1:] if size is None else size
-    weight = times(U.mT, x_q) * times(U.mT, times(X.mT, ys[:, :t].double())) / size
-    T = np.polynomial.chebyshev.chebvander((2 * eigenvalues / size - 1).numpy(), degree - 1)
-    return np.einsum("pd,pdj->pj", weight.numpy(), T)
+    largest = eigenvalues[:, -1:]
+    weight = times(U.mT, x_q) * times(U.mT, times(X.mT, ys[:, :t].double())) / largest
+    T = np.polynomial.chebyshev.chebvander(2 * eigenvalues / largest - 1, MOST_PRODUCTS - 1)
+    return torch.einsum("pd,pdj->pj", weight, torch.from_numpy(T))
 
 
-@functools.cache
-def best_polynomials(config, t, per_prefix=True, degree=128):
-    """The answers of the best methods of 0..degree products on the prompts of `study`, at t alone.
+def polynomial_errors(config, t):
+    """Squared errors after t examples of the best methods of 0..128 products: (129,).
 
-    (degree+1, prompts, n+1); zeros at other prefixes. The methods are fitted on other prompts.
+    Measured on the prompts of `study`; the methods are fitted on others.
     """
-    fitting, s = fresh_prompts(config, 20_000, purpose=4), study(config)
-    size = None if per_prefix else torch.linalg.matrix_norm(fitting[0][:, :t], 2).max() ** 2
-    fit = polynomial_features(*fitting, t, degree, size)
-    test = polynomial_features(s.xs, s.ys, t, degree, size)
-    Q, R = np.linalg.qr(fit)  # one orthonormal basis serves all degrees
-    parts = np.linalg.solve(R.T, test.T) * (Q.T @ fitting[1][:, t].double().numpy())[:, None]
-    answers = torch.zeros(degree + 1, *s.ys.shape, dtype=torch.float64)
-    answers[1:, :, t] = torch.from_numpy(parts.cumsum(0))
-    return answers
+    fitting, s = fresh_prompts(config, 20_000, purpose=3), study(config)
+    fit, test = (polynomial_features(*prompts, t) for prompts in (fitting, (s.xs, s.ys)))
+    Q, R = torch.linalg.qr(fit)  # one orthonormal basis serves all degrees
+    basis = torch.linalg.solve_triangular(R, test, upper=True, left=False)  # (prompts, 128)
+    parts = basis * (Q.mT @ fitting[1][:, t].double())
+    answers = F.pad(parts.cumsum(1), (1, 0))  # no product, no answer
+    return (answers - s.ys[:, t, None]).square().mean(0)
 
 
-def worth_in_products(config, run, t, per_prefix=True):
-    """D*, the products with S that the steps 1..L of a run are worth: (1 + rounds, L)."""
-    methods = best_polynomials(config, t, per_prefix)
-    return equal_steps(run, range(len(methods)), methods, study(config).ys, t)
+def products(config, sheet):
+    """New: D* of the layers, of Newton's steps and of CG's, after d and after n examples."""
+    L, found = config.layers, {}
+    axes = sheet(f"after d = {config.d} examples", f"after all {config.n}", yscale="log",
+                 xlabel="layer or step", ylabel="worth in products with S", ylim=(0.8, 128))
+    for ax, name, t in zip(axes, "dn", (config.d, config.n)):
+        x, best, curves = range(1, L + 1), polynomial_errors(config, t), learning_curves(config, t)
+        ax.fill_between(x, 0.8, x, color="#DDDDDD", label="one product a layer, or less")
+        for label in ("Newton", "CG", "Transformer"):
+            worth = equal_error_steps(curves[label][1][1 : L + 1], range(len(best)), best)
+            curve(ax, label, worth)
+        found[f"products_{name}"] = worth[-1], L  # the Transformer's, which came last
+    title = f"The last of {L} layers is worth {{products_d[0]:.0f}} products with S after d"
+    return axes, title + " examples, {products_n[0]:.0f} after n", found
 
 
-def products(config):
-    """D* of the layers, of Newton's steps and of CG's, for t = d, d + 2 and n."""
-    s, L, panels, found = study(config), config.layers, [], {}
-    cg = conjugate_gradient(s.xs, s.ys, min(config.d - 1, L), config.noise**2)
-    runs = {"Transformer": s.layers, "Newton": s.runs["Newton"][1][: L + 1], "CG": cg}
-    layer = torch.arange(1, L + 1)
-    for name, t in (("d", config.d), ("d + 2", config.d + 2), ("n", config.n)):
-        curves = {"(one a layer)": layer, "(2^layer)": 2.0**layer, "(3^layer)": 3.0**layer}
-        curves |= {label: worth_in_products(config, run, t) for label, run in runs.items()}
-        curves["Transformer, one scale"] = worth_in_products(config, s.layers, t, per_prefix=False)
-        labels = "layer or step", "products with S", "y"
-        panels.append(panel(f"after t = {t} examples", curves, *labels, ylim=(0.5, 150)))
-        worth = curves["Transformer"]
-        found[f"products: t = {name}"] = measured(worth[:, -1])
-    growth = found["products_growth"] = measured(2 ** rate(worth, log2=True))  # at t = n
-    found["products_shape"] = measured(evidence("exponential", worth))
-    title = "After n examples the last layer is worth {:.0f} products; a layer: times {:.2f}"
-    return title.format(worth[0, -1], growth["value"]), panels, found
+# %% 10. Ill-conditioned data (Fu, section 4.3)
+# For one error GD may need kappa times the steps, Newton 2 log2 kappa more. (Fu: over 2,000;
+# 21.) The network for kappa = 100 goes on from the one for kappa = 1, for `tuning` steps.
+
+def conditioning(config, sheet):
+    """Fu, figures 4, 16: errors at kappa 1 and 100, and the steps that err as the last layers."""
+    axes = sheet("kappa = 1", "kappa = 100", xlabel="layer or step", xscale="symlog", yscale="log",
+                 ylabel=f"squared error / d after {config.n} examples", ylim=(1e-7, 2))
+    steps = []  # of Newton and of GD, at kappa 1, then at 100
+    for ax, kappa in zip(axes, (1.0, 100.0)):
+        curves = draw_learning_curves(ax, dataclasses.replace(config, kappa=kappa), config.n)
+        last = curves["Transformer"][1][-1:]
+        steps += [equal_error_steps(last, *curves[name])[0] for name in ("Newton", "GD")]
+    title = "At kappa = 100 the last layer errs as Newton after {kappa_newton[0]:.0f} steps"
+    return axes, title + ", GD after {kappa_gd[0]:.0f}", {
+        "kappa_newton": (steps[2], 1.5 * steps[0]), "kappa_gd": (steps[3], 4 * max(steps[1], 1))}
 
 
-# %% 12. Ill-conditioned data (Fu, section 4.3)
-# For one error GD may need kappa times the steps, Newton 2 log2 kappa more. (Fu: over 2,000; 21.)
-
-def conditioning(config):
-    """Fu, figures 4, 16: steps that two networks match, at kappa 1 and 100."""
-    panels, found, both = [], {}, []
-    for c in (dataclasses.replace(config, kappa=kappa) for kappa in (1.0, 100.0)):
-        worth = worth_in_products(c, study(c).layers, c.d + 2)
-        both.append(climbs(c) | {"products with S, t = d + 2": worth})
-    for key, easy in both[0].items():
-        hard = both[1][key]
-        scale = {} if key.startswith("Newton") else dict(log="y", ylim=(0.8, None))
-        panels.append(panel(key, {"kappa = 1": easy, "kappa = 100": hard}, **scale))
-        if not key.startswith("products"):
-            found[f"kappa_{key}"] = measured(hard[:, -1] / easy[:, -1].clamp_min(1))
-    ratios = [found[f"kappa_{name}: error, t = n"]["value"] for name in ("Newton", "GD")]
-    title = "At t = n, kappa = 100 matches {:.1f} times Newton's steps, {:.1f} times GD's"
-    return title.format(*ratios), panels, found
-
-
-# %% 13. Is an answer linear in the query, and in the answers before it?
-# All of Newton's and GD's are, in both: to answers (y_a + y_b)/sqrt 2 they respond with (yhat_a +
-# yhat_b)/sqrt 2. CG's are linear in the query, but not in y: its step sizes depend on it.
-
-def not_linear(learner, xs, ys):
-    """Shares (steps,) of the squared error after n examples that are not linear: in x_q, in y."""
-    y_b = times(xs, torch.randn(len(xs), xs.shape[-1], generator=torch.Generator().manual_seed(0)))
-    x_b, x_mixed = xs.clone(), xs.clone()
-    x_b[:, -1] = xs[:, -1].roll(1, 0)  # another prompt's query
-    x_mixed[:, -1] = (xs[:, -1] + x_b[:, -1]) / math.sqrt(2)
-    prompts = [(xs, ys), (x_b, ys), (x_mixed, ys), (xs, y_b), (xs, (ys + y_b) / math.sqrt(2))]
-    a, of_x_b, of_x, of_y_b, of_y = (learner(*prompt)[..., -1].double() for prompt in prompts)
-    error = 2 * (a - ys[:, -1]).square().mean(-1).clamp_min(TINY)  # 1 + 1/2 + 1/2 errors
-    return [(both - (a + b) / math.sqrt(2)).square().mean(-1) / error
-            for both, b in ((of_x, of_x_b), (of_y, of_y_b))]
-
-
-def linearity(config):
-    """New: are a layer's answers linear in the query and in y? Newton's and GD's are."""
-    s, last, panels, found = study(config), min(config.d - 1, config.layers), [], {}
-    learners = {"Transformer": s.learner, "CG": functools.partial(conjugate_gradient, steps=last)}
-    shares = {name: not_linear(learner, s.xs, s.ys) for name, learner in learners.items()}
-    for i, of in enumerate(("query", "y")):
-        curves = {name: share[i][1:] for name, share in shares.items()}
-        panels.append(panel(f"not linear in {of}", curves, "layer or step", "share of the error"))
-        for name, curve in curves.items():
-            found[f"not_linear: in {of}, {name}"] = measured(curve[-1])
-    in_query, in_y = (share[-1] for share in shares["Transformer"])
-    title = f"Not linear: {in_query:.0%} of the last error in the query, {in_y:.0%} in y"
-    return title, panels, found
-
-
-# %% Part III, theory that runs. 14. Newton's weights, written by hand (Fu, theorem 5.1)
-# An example is one token [T x_j ; x_j ; y_j]; T, no token, is Newton's M. Attention has ReLU
-# in place of softmax, and two heads of opposite sign: ReLU(s) - ReLU(-s) = s. (The printed proof
-# gives both values one sign, which makes |s|; and scores <T x_j, x_t>, which make T S T^T: that
-# doubles antisymmetric rounding.) With j over the examples:
+# %% Part II, theory that runs. 11. Newton's weights, written by hand (Fu, theorem 5.1)
+# Why is Newton possible in attention at all? Because attention makes sums over examples. Let
+# an example be one token [T x_j ; x_j ; y_j], where T is to become M. Attention has ReLU in
+# place of softmax, and two heads of opposite sign: ReLU(s) - ReLU(-s) = s. (The printed proof
+# gives both values one sign, which makes |s|; and scores <T x_j, x_t>, which make T S T^T:
+# that doubles antisymmetric rounding.) With j over the examples:
 #     first layer      T = alpha S         adds  alpha sum_j x_j <x_j, x_t>  to the top block
 #     Newton layer     T <- 2T - T S T     adds  -1/2 T S T x_t  to it, and the MLP doubles it
 #     readout layer    x_q^T T b           adds  sum_j y_j <T x_j, x_q>  to the query's empty y
-# So k steps take k + 2 layers; Fu's proof spends k + 8. Two costs: one alpha for all prompts; and
-# every example must see all others, which our Transformer's causal mask forbids.
+# So k steps take k + 2 layers; Fu's proof spends k + 8. Two costs: one alpha for all prompts;
+# and every example must see all others, which our Transformer's causal mask forbids.
 
 def relu_attention(h, heads, mask):
     """h_t + sum over heads (Q, K, V) and j of mask[t, j] ReLU(<Q h_t, K h_j>) V h_j, all t."""
@@ -917,7 +780,7 @@ def relu_attention(h, heads, mask):
 
 
 def token_blocks(d):
-    """(d, 2d+1), (d, 2d+1), (1, 2d+1) that read T x, x, y from a token; transposed, they write."""
+    """(d, 2d+1), (d, 2d+1), (1, 2d+1) that read T x, x, y of a token; transposed, they write."""
     return torch.eye(2 * d + 1, dtype=torch.float64).split([d, d, 1])
 
 
@@ -929,8 +792,8 @@ def linear_heads(Q, K, V):
 def newton_layer(d):
     """The weights of one Newton step: tokens [T x ; x ; y] -> [(2T - T S T) x ; x ; y].
 
-    S = sum_j x_j x_j^T. Attention adds -1/2 sum_j T x_j <x_j, T x_t> to the top block, then the MLP
-    h + down ReLU(up h) doubles it. All float64: heads, two (Q (d, 2d+1), K (d, 2d+1),
+    S = sum_j x_j x_j^T over the examples. Attention does its part in the top block, then the MLP
+    h + down ReLU(up h) doubles that block. All float64: heads, two (Q (d, 2d+1), K (d, 2d+1),
     V (2d+1, 2d+1)), and mlp = (up (2d, 2d+1), down (2d+1, 2d)).
     """
     Tx, x, _ = token_blocks(d)
@@ -957,101 +820,93 @@ def construction(xs, ys, steps, alpha):
     return torch.stack(answers)
 
 
-def by_hand(config):
-    """Fu, theorem 5.1: hand-written weights against Newton."""
-    xs, ys = fresh_prompts(config, config.prompts, purpose=2)
-    setting = NEWTON_STEPS[-1], newton_start(prefix_moments(xs, ys)[0]).min()  # steps, alpha
-    runs = {"Newton": newton(xs, ys, *setting)[..., -1],
-            "Transformer by hand": construction(xs, ys, *setting)}
-    apart = (runs["Transformer by hand"] - runs["Newton"]).abs().max() / ys.square().mean().sqrt()
-    curves = {label: (NEWTON_STEPS, (answers - ys[:, -1]).square().mean(1) / config.d)
-              for label, answers in runs.items()}
-    panels = [panel("", curves, "layer or step k", "squared error / d", "y")]
-    title = f"Hand-written attention is Newton, to {apart:.0e}"
-    return title, panels, {"by_hand": measured(apart)}
+def by_hand(config, sheet):
+    """Fu, theorem 5.1: hand-written weights against Newton, with the smallest alpha for all."""
+    axes = sheet("", xlabel="layer or step k", ylabel="squared error / d", yscale="log")
+    xs, ys = fresh_prompts(config, 256, purpose=2)
+    alpha = newton_start(prefix_moments(xs, ys)[0][:, -1]).min()
+    ours, hand = newton(xs, ys, 32, alpha)[..., -1], construction(xs, ys, 32, alpha)
+    for name, answers, style in (("Newton", ours, "-"), ("Transformer by hand", hand, " ")):
+        curve(axes[0], name, (answers - ys[:, -1]).square().mean(1) / config.d, range(33), style)
+    apart = (hand - ours).abs().max() / ys.square().mean().sqrt()
+    title = "Attention with hand-written weights is Newton's method, to {by_hand:.0e}"
+    return axes, title, {"by_hand": apart}
 
 
-# %% 15. Linear attention is preconditioned gradient descent (Ahn et al., arXiv 2306.00297)
-# Without softmax, what a trained layer does can be read off its weights. A prompt is a matrix Z,
-# one token a column; M = diag(I_n, 0): the query is no example; e = (0, ..., 0, 1):
-#     Z = [ x_1 ... x_n  x_q ]      Z <- Z + (1/n) P Z M (Z^T Q Z)
+# %% 12. Linear attention is preconditioned gradient descent (Ahn et al., arXiv 2306.00297)
+# Without softmax, what a trained layer does can be read off its weights. A prompt is a matrix
+# Z, one token a column; I_0 = diag(I_n, 0): the query is no example; e = (0, ..., 0, 1):
+#     Z = [ x_1 ... x_n  x_q ]      Z <- Z + (1/n) P Z I_0 (Z^T Q Z)
 #         [ y_1 ... y_n   0  ]      P = e e^T      Q = -blockdiag(A, 0)
-# Only the last row changes, y_j <- y_j - (1/n) sum_{i<=n} y_i x_i^T A x_j. It holds y_j - w.x_j,
-# with w = 0 at first, and -w.x_q under the query. So a layer adds A^T r to w, where r = (1/n) sum_i
-# (y_i - w.x_i) x_i is minus the gradient of R(w) = (1/2n) sum_i (w.x_i - y_i)^2: for a symmetric A,
-# w <- w - A grad R(w) (lemma 1). What is left to learn is A. For one layer and w ~ N(0, I) the
-# problem is convex, the loss quadratic in A: with endless examples the best A is a Newton step,
-# Sigma^-1; with few it moves less along small eigenvalues (theorem 1). For many layers and w ~
-# N(0, Sigma^-1) no direction is special to Sigma^-1/2 x, so A_l should be a_l Sigma^-1 (theorem 3).
+# Only the last row changes, y_j <- y_j - (1/n) sum_{i<=n} y_i x_i^T A x_j. It holds y_j -
+# w.x_j, with w = 0 at first, and -w.x_q under the query. So a layer adds A^T r to w, r =
+# (1/n) sum_i (y_i - w.x_i) x_i being minus the gradient of R(w) = (1/2n) sum_i (w.x_i -
+# y_i)^2: for a symmetric A, w <- w - A grad R(w) (lemma 1). What is left to learn is A. For
+# one layer and w ~ N(0, I) the problem is convex, the loss quadratic in A: with endless
+# examples the best A is a Newton step, Sigma^-1; with few it moves less along small
+# eigenvalues (theorem 1).
 
-def linear_transformer(A, xs, ys):
-    """Every layer's answer to the last query, minus Z's last entry, for A (L, d, d): (L, P)."""
-    row, examples, answers = F.pad(ys[:, None, :-1], (0, 1)), xs[:, :-1], []  # Z's last row
-    for layer in A:
-        row = row - row[..., :-1] @ examples @ layer @ xs.mT / examples.shape[1]
-        answers.append(-row[:, 0, -1])
-    return torch.stack(answers)
+def linear_attention(A, xs, ys):
+    """One layer's answers (P,) to the last query, minus the last entry of the new Z; A (d, d)."""
+    examples, queries = xs[:, :-1], xs[:, -1]
+    b = times(examples.mT, ys[:, :-1]) / examples.shape[1]
+    return (b @ A * queries).sum(-1)
 
 
 def optimal_preconditioner(Sigma, n):
-    """The best A (d, d) of one layer, for n examples x ~ N(0, Sigma), w ~ N(0, I) (Ahn, theorem 1).
+    """The A (d, d) of least expected squared error for one layer (Ahn, theorem 1).
 
-    Sigma's eigenvectors, with 1 / ((n+1)/n lambda_i + (1/n) sum_k lambda_k) for its lambda_i.
+    For n examples and a query x ~ N(0, Sigma), w ~ N(0, I). It has Sigma's eigenvectors.
     """
+    # The loss is quadratic in A. E S^2 = n (n+1) Sigma^2 + n tr(Sigma) Sigma makes its minimum,
+    # for each eigenvalue lambda of Sigma, 1 / ((n+1)/n lambda + tr(Sigma)/n).
     eigenvalues, U = torch.linalg.eigh(Sigma)
     return U / ((n + 1) / n * eigenvalues + eigenvalues.sum() / n) @ U.mT
 
 
-def train_preconditioners(layers, n, Sigma, w_covariance, lr, steps, seed):
-    """A_1..A_L, trained by Muon on x ~ N(0, Sigma), w ~ N(0, w_covariance): (steps+1, L, d, d)."""
+def train_preconditioner(root, n, steps, seed):
+    """A (d, d), trained by Muon on n examples x = root N(0, I), w ~ N(0, I)."""
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
-    root, w_root = torch.linalg.cholesky(Sigma), torch.linalg.cholesky(w_covariance)
-    A = (0.1 * draw(layers, *Sigma.shape)).requires_grad_()
-    optimizer, history = Muon([A], lr, momentum=0.8), [A.detach().clone()]
+    A = (0.1 * draw(root.shape)).requires_grad_()
+    optimizer = Muon([A], lr=0.06, momentum=0.8)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        xs = draw(1000, n + 1, len(Sigma)) @ root.mT
-        ys = times(xs, draw(1000, len(Sigma)) @ w_root.mT)
+        optimizer.param_groups[0]["lr"] = 0.06 * (1 - step / steps)
+        xs = draw(1000, n + 1, len(root)) @ root.mT
+        ys = times(xs, draw(1000, len(root)))
         optimizer.zero_grad()
-        F.mse_loss(linear_transformer(A, xs, ys)[-1], ys[:, -1]).backward()
+        F.mse_loss(linear_attention(A, xs, ys), ys[:, -1]).backward()
         optimizer.step()
-        history.append(A.detach().clone())
-    return torch.stack(history)
+    return A.detach()
 
 
-def preconditioners(config):
-    """Ahn, theorems 1 and 3, figures 1 and 2, in Ahn's sizes: trained linear attention."""
-    d, n, seed = 5, 20, config.seed
-    U = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed))).Q
+def preconditioners(config, sheet):
+    """Ahn, theorem 1, in the sizes of Ahn's figures: a trained layer's A, entry by entry."""
+    d, n, norm = 5, 20, torch.linalg.matrix_norm
+    U = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(config.seed))).Q
     spectrum = torch.tensor([1, 1, 1 / 4, 1 / 16, 1])
-    Sigma, inverse, root = ((U * spectrum**power) @ U.mT for power in (1, -1, 0.5))
-    closed = optimal_preconditioner(Sigma, n)
-    one = train_preconditioners(1, n, Sigma, torch.eye(d), 0.06, 1000, seed)[-1, 0]
-    A = train_preconditioners(3, n, Sigma, inverse, 0.4, 600, seed)  # (steps+1, 3, d, d)
-    white, norm = root @ A @ root, torch.linalg.matrix_norm
-    multiple = white.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(d)
-    apart, off = norm(white - multiple) / norm(white), norm(one - closed) / norm(closed)
-    paths = {f"whitened A, layer {i + 1}": (range(0, len(A), 10), apart[::10, i]) for i in range(3)}
-    entries = {"(equal)": ([0, 1], [0, 1]), "Transformer": (closed.flatten(), one.flatten())}
-    title = f"Linear attention is {off:.1%} off theorem 1, {apart[-1].max():.2f} off theorem 3"
-    panels = [panel("one layer", entries, "entry of A in theorem 1", "as trained"),
-              panel("three layers", paths, "training step", "distance to a multiple of I")]
-    return title, panels, {"Ahn_one": measured(off), "Ahn_three": measured(apart[-1].max())}
+    closed = optimal_preconditioner((U * spectrum) @ U.mT, n)
+    trained = train_preconditioner((U * spectrum.sqrt()) @ U.mT, n, 1000, config.seed)
+    axes = sheet("entries of A", xlabel="in theorem 1", ylabel="as trained")
+    axes[0].axline((0, 0), slope=1, color="#666666", label="equal")
+    curve(axes[0], "Transformer", trained.flatten(), closed.flatten(), " ")
+    title = "A layer of linear attention learns the predicted preconditioner, to {ahn_one:.1%}"
+    return axes, title, {"ahn_one": norm(trained - closed) / norm(closed)}
 
 
-# %% 16. Softmax attention learns in stages (Huang et al., arXiv 2310.05249)
-# A token is one of K orthonormal features, v_k with probability p_k; its answer is w.v_k. One layer
-# of softmax attention, with a matrix Q that starts at 0, averages a prompt's N answers:
+# %% 13. Softmax attention learns in stages (Huang et al., arXiv 2310.05249)
+# A token is one of K orthonormal features, v_k with probability p_k; its answer is w.v_k. One
+# layer of softmax attention, with a matrix Q that starts at 0, averages a prompt's N answers:
 #     yhat = sum_i softmax_i(x_i^T Q x_q) y_i = sum_n a_n w.v_n     a_n: attention on feature n
-# For a query x_q = v_k, and E w w^T = I, the loss is 1/2 [(1 - a_k)^2 + sum_{n != k} a_n^2]. Its
-# gradient moves A_k = Q[k,k] and B_{k,n} = Q[n,k]. If all p_k are equal, the A_k grow together,
-# past log K, where one right feature balances K wrong. With p_1 = 1/2 feature 1 comes at once, but
-# half of every other query's attention rests on it, too: first B_{k,1} falls, then A_k grows.
+# For a query x_q = v_k, and E w w^T = I, the loss is 1/2 [(1 - a_k)^2 + sum_{n != k} a_n^2].
+# Its gradient moves A_k = Q[k,k] and B_{k,n} = Q[n,k]. If all p_k are equal, the A_k grow
+# together, past log K, where one right feature balances K wrong. With p_1 = 1/2 feature 1
+# comes at once, but half of every other query's attention rests on it, too: first B_{k,1}
+# falls, then A_k grows.
 
 def train_attention(K, p_1, steps, seed, eta=2.0):
     """Gradient descent on Q, on fresh prompts of N = 10 K examples, queries weighted by p_k.
 
-    Returns (4, steps): loss of feature 1; of the others; A_k and B_{k,1}; means over k > 1.
+    Returns (2, steps): the loss of queries for feature 1; the mean loss of the others.
     """
     p = torch.tensor([p_1] + [(1 - p_1) / (K - 1)] * (K - 1))
     generator, path = torch.Generator().manual_seed(seed), []
@@ -1062,148 +917,255 @@ def train_attention(K, p_1, steps, seed, eta=2.0):
         attention = (counts.log()[:, :, None] + Q).softmax(1)  # [prompt, n, k]; log 0: not there
         losses = (attention - torch.eye(K)).square().sum(1).mean(0) / 2  # (K,), query by query
         (gradient,) = torch.autograd.grad(p @ losses, Q)
-        with torch.no_grad():
-            row = losses[0], losses[1:].mean(), Q.diagonal()[1:].mean(), Q[0, 1:].mean()
-            path.append(torch.stack(row))
-            Q -= eta * gradient
-    return torch.stack(path, dim=1)
+        Q.data -= eta * gradient
+        path.append([losses[0].item(), losses[1:].mean().item()])
+    return torch.tensor(path).T
 
 
-def stages(config):
+def stages(config, sheet):
     """Huang, section 3: balanced features are learned together, a dominant one first."""
-    K, panels, found = 16, [], {}
-    x = torch.tensor([round(1.1**i) for i in range(7, 84)])  # of 3000 steps
-    for name, p_1 in (("p_1 = 1/16, like all", 1 / K), ("p_1 = 1/2", 1 / 2)):
-        path = train_attention(K, p_1, 3000, config.seed)
-        loss_1, loss_k, A, B = path[:, x - 1]
-        losses = {"loss of feature 1": (x, loss_1), "loss of the others": (x, loss_k)}
-        entries = {"A_k": (x, A), "B_{k,1}": (x, B), "(log K)": (x, 0 * x + math.log(K))}
-        panels.append(panel(name, losses, "step", "loss", "xy"))
-        panels.append(panel(name, entries, "step", "entries of Q", "x"))
-        first, others = (path[:2] > 0.1 * path[:2, :1]).sum(1).tolist()  # steps above a tenth
-        found[f"Huang_times: {name}"] = measured(others / first)
-    title = f"A dominant feature is learned {others / first:.0f} times sooner than the others"
-    return title, panels, found
+    axes = sheet("all features alike, p = 1/16", "feature 1 has p = 1/2", xlabel="training step",
+                 ylabel="loss")
+    for ax, p_1 in zip(axes, (1 / 16, 1 / 2)):
+        path = train_attention(16, p_1, 3000, config.seed)
+        ax.loglog(path[0], color="#0072B2", label="queries for feature 1")
+        ax.loglog(path[1], color="#D55E00", label="queries for the others")
+    first, others = (path > 0.1 * path[:, :1]).sum(1)  # steps above a tenth of the start
+    title = "With a dominant feature the others are learned {huang:.0f} times later than it"
+    return axes, title, {"huang": others / first}
 
 
-# %% The run: pictures, table, command line. Nothing to learn here.
-EXPERIMENTS = {f.__name__: f for f in (by_hand, rulers, convergence, heatmaps, rates, products,
-               conditioning, linearity, preconditioners, stages)}
-FU = dict(d=20, n=40, curriculum=25, prompts=640, figures="convergence,heatmaps,rates,products")
-PRESETS = {
-    "default": {},
-    "quick": dict(d=3, n=6, layers=6, width=32, steps=500, muon_lr=0.02, adam_lr=0.02, prompts=256,
-                  figures="by_hand,rulers,rates,products", out="figures/quick"),
-    "laptop": FU | dict(width=128, heads=4, steps=5500, out="figures/d20"),
-    "paper": FU | dict(layers=12, width=256, heads=8, steps=12_000, batch=256, out="figures/paper"),
+# %% Part III, machinery. Nothing to learn here. 14. The claims, in the order of the story
+# A claim is an inequality: a measured number against one to beat, fixed here before anything
+# is measured, or measured beside it: a control. It holds in so many seeds. In brackets: the
+# paper's number. On an untrained network (--steps 0 --tuning 0) no claim about layers may
+# hold.
+
+CLAIMS = {  # key: (what is said, the relation that must hold, the bound if it is fixed)
+    "superlinear": ("fig. 2: later layers gain more digits than earlier", ">", None),
+    "newton_line": ("fig. 3: Newton's steps: R^2 of a line, an exponential", ">", None),
+    "newton_rate": ("fig. 3: Newton steps a layer (2.93), a step of CG", ">", None),
+    "equal_rate": ("the same by equal error after n examples", ">", None),
+    "gd_exponential": ("fig. 3: GD's steps: R^2 of an exponential, a line", ">", None),
+    "like_newton": ("tab. 1: similarity to Newton (.991), to GD (.957)", ">", None),
+    "like_ols": ("last layer's similarity to least squares", ">", 0.975),
+    "products_d": ("products with S it is worth, after d; layers", ">", None),
+    "products_n": ("the same after n examples", ">", None),
+    "kappa_newton": ("fig. 4: Newton steps at kappa 100, 1.5 x those at 1", "<", None),
+    "kappa_gd": ("fig. 4: GD steps at kappa 100, 4 x those at 1", ">", None),
+    "by_hand": ("thm. 5.1: Newton in hand-written attention, to", "<", 1e-6),
+    "ahn_one": ("Ahn, thm. 1: one layer is the closed form, to", "<", 0.03),
+    "huang": ("Huang: other features take longer than feature 1, x", ">", 5),
 }
-CHOICES = {"preset": PRESETS, "recipe": ("muon", "fu"), "device": ("auto", "cpu", "cuda"),
-           "figures": ["all", *EXPERIMENTS]}
-COLOR = {"Transformer": "#D55E00", "Newton": "#0072B2", "GD": "#009E73", "CG": "#CC79A7",
-         "Fu": "#888888", "": "#888888"}
-STYLE = {"font.size": 9, "axes.grid": True, "axes.spines.top": False, "axes.spines.right": False,
-         "grid.alpha": 0.25, "legend.fontsize": 7, "lines.markersize": 4}
+
+
+def table(found):
+    """The claims among found, {key: [each seed's measurement]}: lines of Markdown, and a record.
+
+    The record: {claim: its values, what they must beat, in how many seeds it holds}.
+    """
+    lines = ["| claim (the paper's number) | measured, seed by seed | holds in |", "|---|---|---|"]
+    record = {}
+    for key, (sentence, relation, bound) in CLAIMS.items():
+        if key in found:
+            pairs = [(z, bound) if bound else z for z in found[key]]
+            holds = sum(a > b if relation == ">" else a < b for a, b in pairs)
+            record[key] = dict(zip(("values", "bounds"), zip(*pairs)), holds=holds)
+            left, right = (" ".join(dict.fromkeys(f"{z:.3g}" for z in row)) for row in zip(*pairs))
+            lines.append(f"| {sentence} | {left} {relation} {right} | {holds} of {len(pairs)} |")
+    return lines, record
+
+
+# %% 15. Drawing: one learner, one colour and mark, in every picture
+
+LOOK = {"Transformer": ("#D55E00", "o"), "Newton": ("#0072B2", "s"), "GD": ("#009E73", "^"),
+        "CG": ("#CC79A7", "D"), "Fu's": ("#666666", "x"), "shuffled": ("#666666", "x")}
+STYLE = {"font.size": 10, "axes.grid": True, "axes.spines.top": False, "grid.alpha": 0.25,
+         "axes.spines.right": False, "lines.markersize": 4, "lines.linewidth": 1.2}
 
 
 @rc_context(STYLE)
-def draw(title, panels):
-    """The picture of an experiment, a matplotlib Figure."""
-    columns = 2 if len(panels) in (2, 4) else min(len(panels), 3)
-    rows = math.ceil(len(panels) / columns)
-    picture = Figure((4.4 * columns, 3.4 * rows + 0.4), dpi=130, layout="constrained")
-    for place, part in enumerate(panels, start=1):
-        ax = picture.add_subplot(rows, columns, place)
-        if part["heat"] is not None:  # (steps, layers)
-            steps, layers = map(range, part["heat"].shape)
-            mesh = ax.pcolormesh([i + 1 for i in layers], steps, part["heat"], vmin=0.5, vmax=1)
-            picture.colorbar(mesh, label="similarity of errors")
-        for i, (label, c) in enumerate(part["curves"].items()):
-            name = re.split(r"\W", label)[0]  # none for a label in parentheses: a reference
-            color = COLOR.get(name, colormaps["viridis"](0.9 * i / len(part["curves"])))
-            style = ["o-", "s--", "^:", "v-.", "D-"][i % 5] if name in COLOR else "-"
-            ax.plot(c["x"], c["y"], style if name else style[1:], color=color, label=label)
-            if c["bars"] is not None:
-                ax.vlines(c["x"], *c["bars"], color=color, alpha=0.5)
-        ax.set(title=part["title"], **part["axes"])
-        ax.legend()
+def make_sheet(*titles, **settings):
+    """The panels of an empty picture, one for each title; settings are those of every panel."""
+    picture = Figure((4.2 * len(titles) + 0.8, 4.2), dpi=130, layout="constrained")
+    axes = picture.subplots(1, len(titles), squeeze=False)[0]
+    for ax, title in zip(axes, titles):
+        ax.set(title=title, **settings)
+    return axes
+
+
+def curve(ax, label, y, x=None, style="-"):
+    """Draw a line in the look of the label's first word; x defaults to 1, 2, ..."""
+    color, mark = LOOK[label.split()[0].rstrip(",")]
+    x = range(1, len(y) + 1) if x is None else x
+    ax.plot(x, y, mark + style, color=color, label=label)
+
+
+def draw(axes, title):
+    """The picture of these panels as PNG bytes. Its one legend lies below and hides nothing."""
+    buffer, picture = io.BytesIO(), axes[0].figure
+    pairs = [zip(*ax.get_legend_handles_labels()[::-1]) for ax in axes]
+    entries = {label: handle for pair in pairs for label, handle in pair}
+    picture.legend(entries.values(), entries, loc="outside lower center", ncols=5, frameon=False)
     picture.suptitle(title)
-    return picture
+    picture.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+# %% 16. Checkpoints
+
+def write_file(path, content):
+    """Write bytes so that a kill leaves the old file or the new one. OSError: one line."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror}") from None
+
+
+def form(z):
+    """What a checkpoint is made of: keys, types and shapes, and whether all numbers are finite."""
+    if isinstance(z, torch.Tensor):
+        return z.dtype, z.shape, bool(z.isfinite().all())
+    if isinstance(z, dict):
+        return {key: form(value) for key, value in z.items()}
+    return [form(value) for value in z] if isinstance(z, (list, tuple)) else type(z)
+
+
+class Checkpoint:
+    """The file of one training; its name has a hash of all that decides the weights, code too."""
+
+    def __init__(self, config, model, optimizers, generator):
+        self.parts, self.generator, self.steps = [model, *optimizers], generator, config.steps
+        # Code is known by what it does: rehearse the first and the last step on a copy.
+        other, twin = copy.deepcopy(model), torch.Generator(generator.device).manual_seed(0)
+        its_optimizers = make_optimizers(other, config)
+        for step in (0, config.steps - 1):
+            training_step(other, its_optimizers, config, step, twin)
+        self.form = form(self.content(1, [other, *its_optimizers]))
+        sums = [z.detach().double().sum().item() for m in (model, other) for z in m.parameters()]
+        settings = {k: v for k, v in vars(config).items() if k not in NOT_OF_WEIGHTS}
+        all_of_it = settings, sums, torch.__version__, torch.get_num_threads(), generator.device
+        key = hashlib.sha256(repr(all_of_it).encode()).hexdigest()[:10]
+        self.path = Path(config.checkpoints) / f"d{config.d}-seed{config.seed}-{key}.pt"
+
+    def content(self, done, parts):
+        """What a file holds: steps done; network and optimisers; the generator of prompts."""
+        return {"done": done, "parts": [part.state_dict() for part in parts],
+                "generator": self.generator.get_state()}
+
+    def save(self, done):
+        """Write where the training stands."""
+        torch.save(self.content(done, self.parts), buffer := io.BytesIO())
+        write_file(self.path, buffer.getvalue())
+
+    def restore(self):
+        """Go on where the training stood: returns the steps done. ValueError: a damaged file."""
+        if not self.path.exists():
+            return 0
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            assert form(saved) == self.form and 0 < saved["done"] <= self.steps
+        except Exception:  # torch raises many kinds
+            raise ValueError(f"{self.path} is damaged: delete it") from None
+        for part, state in zip(self.parts, saved["parts"]):
+            part.load_state_dict(state)
+        self.generator.set_state(saved["generator"])
+        return saved["done"]
+
+
+# %% 17. The command line
+
+EXPERIMENTS = {f.__name__: f for f in (by_hand, rates, convergence, heatmaps, products,
+                                       conditioning, preconditioners, stages)}
+PRESETS = {  # name: (the first line that a run prints, settings)
+    "default": ("the paper's problem, d = 20 and n = 40, in a smaller network", {}),
+    "quick": ("a first look at d = 5; its numbers are not to be trusted", dict(
+        d=5, n=10, width=32, layers=6, steps=600, batch=64, curriculum=0, prompts=256,
+        figures="by_hand,rates,products", out="figures/quick")),
+    "small": ("d = 5, n = 10, where conjugate gradient, too, looks like Newton", dict(
+        d=5, n=10, width=40, steps=5000, batch=64, curriculum=0, prompts=2048,
+        out="figures/small")),
+    "long": ("the paper's problem, a longer training", dict(steps=10_000, out="figures/long")),
+    "paper": ("the paper's problem, a network of the paper's size: for CUDA", dict(
+        layers=12, width=256, heads=8, steps=12_000, batch=256, out="figures/paper")),
+}
 
 
 def check(config):
     """Raise ValueError, in one line, for a configuration that cannot work."""
-    least = dict(d=2, kappa=1, layers=FIRST_LAYER + 1, noise=0, tails=0, curriculum=0, seed=0,
-                 muon_lr=TINY, adam_lr=TINY)
-    for name, value in vars(config).items():
-        if not isinstance(value, str) and not least.get(name, 1) <= value < math.inf:
-            raise ValueError(f"--{name} is at least {least.get(name, 1)}, not {value}")
-    for name, known in CHOICES.items():
-        value = getattr(config, name)
-        for word in value.split(",") if name == "figures" else [value]:
-            if word not in known:
-                raise ValueError(f"--{name}: not {word!r}, but {', '.join(known)}")
+    for field in dataclasses.fields(config):
+        value, allowed = getattr(config, field.name), field.metadata["allowed"]
+        if isinstance(value, str) and allowed and value not in allowed:
+            raise ValueError(f"--{field.name}: {' or '.join(allowed)}, not {value!r}")
+        if not isinstance(value, str) and not allowed[0] <= value <= allowed[1]:
+            raise ValueError(f"--{field.name}: {allowed[0]} to {allowed[1]}, not {value}")
+    known = {"all", *EXPERIMENTS}.issuperset(config.figures.split(","))
+    grown = config.curriculum * (config.d - 2)
     for good, message in (
-        (config.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA here"),
-        (config.n >= config.d + 2, "--n is at least d + 2"),
-        (config.width % config.heads == 0, "--heads must divide --width"),
-        (config.steps > config.curriculum * (config.d - 2), "--steps end before the curriculum"),
+        (known, f"--figures: all, or some of {','.join(EXPERIMENTS)}"),
+        (config.n >= config.d + 2, "--n: at least d + 2"),
+        (config.width % config.heads == 0, "--heads: a divisor of --width"),
+        (config.steps > grown or not config.steps, f"--steps: 0, or above --curriculum's {grown}"),
+        (config.device != "cuda" or torch.cuda.is_available(), "--device cuda: none here"),
     ):
         if not good:
             raise ValueError(message)
 
 
-def parse_config(arguments):
-    """Command line -> Config. Flags and help are the fields and comments of Config."""
-    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-    about = dict(description=__doc__.split("\n")[1], usage=argparse.SUPPRESS, allow_abbrev=False)
-    parser = argparse.ArgumentParser("icl_newton.py", **about)
+def parse(arguments):
+    """Command line -> (the preset's line, Config). Bad input: one line and exit status 2."""
+    parser = argparse.ArgumentParser("icl_newton.py", usage=argparse.SUPPRESS, allow_abbrev=False)
+    presets = "; ".join(f"{name}: {line}" for name, (line, _) in PRESETS.items())
+    parser.add_argument("--preset", choices=PRESETS, default="default", help=presets)
     for field in dataclasses.fields(Config):
-        text = helps[field.name] + " (default: %(default)s)"
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=text)
-    known, _ = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
-    parser.set_defaults(**PRESETS.get(known.preset, {}))
+        text = f"{field.metadata['text']} (default: {field.default})"
+        options = dict(type=field.type, default=argparse.SUPPRESS, help=text)
+        parser.add_argument(f"--{field.name}", **options)
+    given = vars(parser.parse_args(arguments))
+    line, settings = PRESETS[given.pop("preset")]
     try:
-        config = Config(**vars(parser.parse_args(arguments)))
+        config = Config(**settings | given)
         for folder in (config.out, config.checkpoints):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()  # writable?
+            if not os.access(folder, os.W_OK):
+                raise ValueError(f"cannot write into {folder}")
     except (ValueError, OSError) as error:
-        parser.error(str(error))  # exit status 2
-    return config
-
-
-def plain(z):
-    """JSON for what json does not know: arrays, tensors and ranges, to four digits."""
-    return [plain(row) if np.ndim(row) else float(f"{row:.4g}") for row in np.asarray(z).tolist()]
+        parser.error(str(error))
+    return line, config
 
 
 def run(config):
-    """Make the figures; print and write the table of claims."""
-    names = [name for name in EXPERIMENTS if {name, "all"} & set(config.figures.split(","))]
-    out, figures, runs, start = Path(config.out), {}, [], time.perf_counter()
-    print(f"Draws {', '.join(names)} into {out}/, training what they need.")
-    for seed in range(config.seed, config.seed + config.seeds):
-        runs.append({})
-        for name in names:
-            title, panels, found = EXPERIMENTS[name](dataclasses.replace(config, seed=seed))
-            runs[-1] |= found
-            if seed == config.seed:  # the first seed's pictures
-                figures[name] = {"title": title, "panels": panels}
-                save = functools.partial(draw(title, panels).savefig, format="png")
-                write_file(out / f"{name}.png", save)
-            print(f"{time.perf_counter() - start:5.0f} s  {name}, seed {seed}: {title}")
-    record = {"settings": vars(config), "torch": torch.__version__,
-              "claims": print_table(config, runs), "figures": figures}
-    text = json.dumps(record, default=plain).replace('{"title"', '\n{"title"')
-    write_file(out / "results.json", lambda path: path.write_text(text, "utf-8"))
-    print(f"\nAll numbers: {out / 'results.json'}")
+    """Make the figures; print the table of claims; write both, with all numbers, into `out`."""
+    out, found, titles, start = Path(config.out), {}, {}, time.perf_counter()
+    wanted, seeds = config.figures.split(","), range(config.seed, config.seed + config.seeds)
+    for name in [name for name in EXPERIMENTS if name in wanted or "all" in wanted]:
+        sheet, rows = functools.cache(make_sheet), []  # all seeds draw into the same panels
+        for one in (dataclasses.replace(config, seed=seed, seeds=1) for seed in seeds):
+            axes, title, numbers = EXPERIMENTS[name](one, sheet)
+            rows.append({key: np.asarray(z, dtype=float).tolist() for key, z in numbers.items()})
+        found |= {key: [row[key] for row in rows] for key in rows[0]}
+        titles[name] = title.format(**{key: np.mean(z, axis=0) for key, z in found.items()})
+        write_file(out / f"{name}.png", draw(axes, titles[name]))
+        print(f"{time.perf_counter() - start:5.0f} s  {name}: {titles[name]}", flush=True)
+    lines, results = table(found)
+    record = dict(settings=vars(config), titles=titles, claims=results, measured=found)
+    write_file(out / "results.json", json.dumps(record, indent=1).encode())
+    write_file(out / "table.md", "\n".join(lines).encode())
+    print("", *lines, "", *titles.values(), sep="\n")
+    return results
 
 
 def main(arguments=None):
     """Run the command line; the exit status: 0, 1 (a run failed), 2 (bad input) or 130 (Ctrl-C)."""
+    line, config = parse(sys.argv[1:] if arguments is None else arguments)
+    print(f"icl_newton: {line}")
     try:
-        run(parse_config(sys.argv[1:] if arguments is None else arguments))
-    except (NotImplementedError, FloatingPointError, ValueError, OSError) as error:
+        run(config)
+    except (NotImplementedError, FloatingPointError, ValueError, OSError, MemoryError) as error:
         print(f"icl_newton: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -1212,5 +1174,6 @@ def main(arguments=None):
     return 0
 
 
-if __name__ == "__main__" and "__file__" in globals():  # in a notebook: run(Config())
+if __name__ == "__main__" and Path(globals().get("__file__", "")).is_file():
+    # In a notebook, or from standard input, there is no file: call run(Config()).
     sys.exit(main())
