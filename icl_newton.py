@@ -1096,7 +1096,7 @@ EXPERIMENTS = {f.__name__: f for f in (by_hand, rates, convergence, heatmaps, pr
 PRESETS = {  # name: (the first line that a run prints, settings)
     "default": ("the paper's problem, d = 20 and n = 40, in a smaller network", {}),
     "quick": ("a first look at d = 5; its numbers are not to be trusted", dict(
-        d=5, n=10, width=32, layers=6, steps=600, batch=64, curriculum=0, prompts=256,
+        d=5, n=10, width=32, layers=6, steps=1500, batch=64, curriculum=0, prompts=256,
         figures="by_hand,rates,products", out="figures/quick")),
     "small": ("d = 5, n = 10, where conjugate gradient, too, looks like Newton", dict(
         d=5, n=10, width=40, steps=5000, batch=64, curriculum=0, prompts=2048,
