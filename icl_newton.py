@@ -222,7 +222,7 @@ def newton_start(S):
     """A safe alpha for M_0 = alpha S (..., d, d): (..., 1, 1), finite for S = 0 too.
 
     At most 1/lambda_max(S)^2, so that no eigenvalue of R_0 = I - alpha S^2 is negative, and not
-    much less, since every halving costs a step.
+    much less, since every halving costs a step. In S's dtype, float32 too.
     """
     # The authors' code has 1/||S S^T||_F, which asks for no eigenvalues.
     return 1 / torch.linalg.matrix_norm(S @ S.mT, keepdim=True).clamp_min(TINY)

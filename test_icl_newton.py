@@ -62,7 +62,8 @@ def pytest_terminal_summary(terminalreporter):
         line = f"  ex{number:02} {names[number]:<24}{score:>3} of {points[number]:<3} {said}"
         terminalreporter.write_line(line.rstrip())
     if wrong:
-        terminalreporter.write_line(f"  {got} of {sum(map(points.get, wrong))} points")
+        total = sum(map(points.get, wrong))
+        terminalreporter.write_line(f"  {got} of {total} points (to repeat: ICL_SEED={SEED})")
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +130,8 @@ def slow_answers(xs, ys, steps, left, ridge=0.0):
 
 
 SOLVER_CASES = [  # steps; ridge; prompts, n, d
-    (5, 0, (3, 9, 4), "sign, factor, float32, or a prefix that holds what it predicts?"),
+    (5, 0, (3, 9, 4), "sign, factor, size of a step, float32, in-place, S = 0, or a prefix "
+     "that holds what it predicts?"),
     (4, 0.03, (3, 9, 4), "`ridge` adds ridge I to S, also where the size of a step is made"),
     (300, 0.03, (2, 9, 4), "rounding grew: float32, or the order of M S M"),
     (3, 0, (1, 1, 1), "one prompt, one example, d = 1"),
@@ -227,14 +229,23 @@ def test_ex04_trajectories(icl):
 
 
 def test_ex04_default_start(icl):
-    """Whatever safe alpha is the default, 30 steps reach least squares on every prefix."""
+    """Whatever safe alpha is the default, it is each prefix's own, made of S + ridge I."""
     with mock.patch.object(icl, "newton_start", lambda S: 0.7 / ((S @ S).diagonal(
             dim1=-2, dim2=-1).sum(-1)[..., None, None] + 1e-30)):  # fmt: skip
         xs = (orthonormal(3, 10, 4, 4).flatten(1, 2)[:, :10] / torch.linspace(4, 10, 4)) * 7
         xs, ys = xs * torch.tensor([1, 1e-3, 1e3])[:, None, None], draws(3, 10)
-        run = call(icl.newton, xs, ys, steps=30)
         goal = slow_answers(xs, ys, 0, lambda *_: 0.0)[0]
+        run = call(icl.newton, xs, ys, steps=30)
         close(run[-1], goal, "the default alpha must suit each prefix, S = 0 too", 1e-6)
+        xs, ys = draws(2, 6, 3) * 3.0 ** torch.arange(6)[:, None], draws(2, 6)
+        for p, t in np.ndindex(2, 6):
+            S, b = xs[p, :t].mT @ xs[p, :t], xs[p, :t].mT @ ys[p, :t]
+            ridge = 3 * torch.linalg.matrix_norm(S, 2).item()
+            S = S + ridge * torch.eye(3)
+            first = icl.newton(xs, ys, steps=0, ridge=ridge)[0, p, t]
+            size = first / (xs[p, t] @ S @ b) * torch.linalg.matrix_norm(S, 2) ** 2 if t else 0.5
+            assert size <= 1 + 1e-6, "the default alpha must be made of S + ridge I, not of S"
+            assert size >= 0.09, "the default alpha must be each prefix's own"
 
 
 def test_ex05_tokens(icl):
@@ -373,6 +384,8 @@ WRONG = [  # function, what stands in its answer, what a wrong answer has there
     ("newton", "M @ S @ M", "S @ M @ M"),
     ("newton", "newton_start(S) if alpha is None else alpha", "alpha or newton_start(S)"),
     ("newton", "2 * M", "1.9 * M"),
+    ("newton", "newton_start(S) if", "newton_start(S - ridge * torch.eye(S.shape[-1]).to(S)) if"),
+    ("newton", "newton_start(S) if", "newton_start(S[:, -1:]) if"),
     ("interleave", "[:, :-1]", ""),
     ("interleave", "(0, xs.shape[-1] - 1)", "(xs.shape[-1] - 1, 0)"),
     ("causal_attention", ".triu(1)", ".triu(0)"),
@@ -435,13 +448,15 @@ SHEETS = {  # title: (exercises, what to read, text); lines that begin with > ar
 Afterwards you can sample regressions of any condition number, derive why Newton's digits double,
 and say how many more steps gradient descent needs and why.
 
-Predict, in a line each, before you run anything:
+Predict, in a line each, before you begin (your answers are handed in, not graded by tests):
 
 1. Halve alpha in Newton's start, and eta in GD. How many more steps does each need?
 > Newton about one, whatever the number: 2^k takes the factor in a step. GD twice as many.
-2. How many more steps do Newton and GD need at kappa = 100 for one error?
-> GD up to 100 times as many, Newton at most 13 more: 2^k = kappa^2.
-3. What is the smallest squared error / d after t < d examples, at kappa = 1, without noise?
+2. S has condition number 100 in place of 1, and *every* direction must be found. By which factor grow
+   GD's steps, and by how many steps grow Newton's?
+> GD's 100 times, Newton's by 2 log2 100 = 13: 2^k = kappa^2. (For a large error fewer: at kappa = 100
+> of Sigma the small directions carry a hundredth of it.)
+3. What is the least *expected* squared error / d after t < d examples, at kappa = 1, without noise?
 > 1 - t/d: the examples show t of the d directions of w*.
 
 One paragraph (5 points, graded by hand): Newton's R_k is squared in every step, yet the first steps
@@ -492,16 +507,20 @@ def sheet_text(title):
     table = "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
     return f"""# {title}
 
-Read {reading}. Where it raises NotImplementedError, write the answer that the docstring promises:
-for every argument, on the edges too. No exercise needs another. Minutes without reading: {sum(
-    row[3] for row in rows)}.
+Read {reading}.
+{text}
+## Exercises {first} to {last}
+
+Where icl_newton.py raises NotImplementedError, write the answer that the docstring promises, for
+every argument and on the edges: no example yet (S = 0), fewer than d, d = 1, 0 steps. No exercise
+needs another. About {sum(row[3] for row in rows)} minutes without reading.
 
     python -m pytest -k ex{first:02}              # one exercise
-    python -m pytest -k test_ex           # all, a line each, with points; sheet: ex{first:02} to ex{last:02}
+    python -m pytest -k test_ex           # all, a line each, with points
 
 | number | function | idea | minutes | points |
 |---|---|---|---|---|
-{table}{text}"""
+{table}"""
 
 
 def write_homework(folder):
