@@ -61,13 +61,13 @@ from torch import nn
 
 
 def setting(default, text, *allowed):
-    """A field of Config: its default, its line in --help, and (least, most) or allowed words."""
+    """A field of Config: its default, its help, and (least, most) or allowed words."""
     return dataclasses.field(default=default, metadata={"text": text, "allowed": allowed})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every setting of a run; its fields are the flags. ValueError for one that cannot work."""
+    """Every setting; its fields are the flags. ValueError for one that cannot work."""
 
     # These decide the weights of a network.
     d: int = setting(20, "dimension of x and of the hidden rule w*", 2, 256)
@@ -470,7 +470,7 @@ def least_squares_readout(H, y):
 
 @torch.no_grad()
 def probe_features(model, xs, ys):
-    """All layers' states and a constant 1, in float64 on the CPU: (L+1, prompts, n+1, W+1)."""
+    """All layers' states and a constant 1, float64, on the CPU: (L+1, prompts, n+1, W+1)."""
     device = model.read_out.device
     return F.pad(model.states(xs.to(device), ys.to(device)).double().cpu(), (0, 1), value=1.0)
 
@@ -813,7 +813,7 @@ def newton_layer(d):
 
 
 def construction(xs, ys, steps, alpha):
-    """Newton in ReLU attention: answers to the last query after steps 0..steps, (steps+1, P)."""
+    """Newton in ReLU attention: answers to the last query after 0..steps, (steps+1, P)."""
     Tx, x, y = token_blocks(xs.shape[-1])
     heads, (up, down) = newton_layer(xs.shape[-1])
     mask = torch.ones(xs.shape[1], xs.shape[1], dtype=torch.float64)  # [token, key]
@@ -1014,7 +1014,7 @@ def curve(ax, label, y, x=None, style="-"):
 
 
 def draw(axes, title):
-    """The picture of these panels as PNG bytes. Its one legend lies below and hides nothing."""
+    """The picture of these panels, PNG bytes. Its one legend lies below and hides nothing."""
     buffer, picture = io.BytesIO(), axes[0].figure
     pairs = [zip(*ax.get_legend_handles_labels()[::-1]) for ax in axes]
     entries = {label: handle for pair in pairs for label, handle in pair}
@@ -1039,7 +1039,7 @@ def write_file(path, content):
 
 
 def form(z):
-    """What a checkpoint is made of: keys, types and shapes, and whether all numbers are finite."""
+    """What a checkpoint is made of: keys, types, shapes, and whether all is finite."""
     if isinstance(z, torch.Tensor):
         return z.dtype, z.shape, bool(z.isfinite().all())
     if isinstance(z, dict):
@@ -1151,7 +1151,7 @@ def parse(arguments):
 
 
 def run(config):
-    """Make the figures; print the table of claims; write both, with all numbers, into `out`."""
+    """Make the figures, print the table of claims, write both and all numbers into `out`."""
     out, found, titles, start = Path(config.out), {}, {}, time.perf_counter()
     wanted, seeds = config.figures.split(","), range(config.seed, config.seed + config.seeds)
     for name in [name for name in EXPERIMENTS if name in wanted or "all" in wanted]:
