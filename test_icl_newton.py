@@ -782,7 +782,8 @@ def test_training_at_kappa_goes_on_from_kappa_1(tmp_path, plant):
     calls, real = plant("training_step"), lib.train
     config = tiny(kappa=9.0, checkpoints=str(tmp_path))
     hard, easy = real(config), real(dataclasses.replace(config, kappa=1.0))
-    assert [c.args[2].kappa for c in calls].count(1.0) == 2 + 12 + 2, "trained once, loaded once"
+    kappas = [c.args[2].kappa for c in calls]  # two of each training's are rehearsals
+    assert kappas.count(1.0) == 2 + 12 + 2 and kappas.count(9.0) == 2 + 5, "once, then for `tuning`"
     plant("training_step", lambda *args: None)
     assert not hard.attention.equal(easy.attention)
     untrained = lib.train(tiny(kappa=9.0, steps=0, tuning=0, checkpoints=str(tmp_path / "none")))
@@ -968,14 +969,16 @@ def test_rulers_by_slow_loops():
 
 
 def test_the_null_keeps_steps_and_shuffles_deviations():
-    ys, steps = draws(2000, 5), draws(2, 2000, 5)
-    deviations = torch.stack([0.01 * draws(2000, 5), 3 * ys * draws(2000, 1).sign()])
-    found = lib.null_similarity(steps + deviations, steps, ys)
-    assert found[0] > 0.99 and found[1] < 0.9, "small deviations change nothing"
-    same = lib.null_similarity(steps + 5.0, steps, ys)
-    slow = [F.cosine_similarity((steps - ys)[..., 1:] + z, (steps - ys)[..., 1:], dim=-1).mean(-1)
-            for z in (5, -5)]  # fmt: skip
-    near(same, sum(slow) / 2, "a constant deviation of random sign", 0.15)
+    ys, error = draws(2000, 5), draws(1, 2000, 5) + 2.0
+    found = lib.null_similarity(ys + error * 1.001, ys + error, ys)
+    assert found > 0.999, "small deviations change nothing"
+    found = lib.null_similarity(ys + 1.5 * (error - 2), ys + error - 2, ys)
+    assert found < 0.95, "half its own error more, or less, would score 1: take other prompts'"
+    found = lib.null_similarity(ys + error + 5.0, ys + error, ys)
+    slow = [F.cosine_similarity(error[..., 1:] + z, error[..., 1:], dim=-1).mean() for z in (5, -5)]
+    near(found + 1, [1 + sum(slow) / 2], "a constant deviation: half of the signs are -", 0.08)
+    own = torch.cat([error, -3 * error])
+    near(lib.null_similarity(ys + own, ys + own, ys), [1, 1], "no deviation")
 
 
 def test_best_polynomials(plant):
