@@ -903,6 +903,18 @@ def test_planted_learners(name, plant):
     pair = lib.squared_error(run[1:], s.ys, n), range(33), lib.squared_error(s.runs["Newton"][1], s.ys, n)
     slow = np.polyfit([3, 4, 5], lib.equal_error_steps(*pair)[2:], 1)[0]
     near(numbers["equal_rate"][0], slow, "equal error after n examples, layers 3..L", 1e-6)
+    for key, t in (("products_d", 8), ("products_n", n)):
+        best = lib.polynomial_errors(config, t)
+        worth = lib.equal_error_steps(lib.squared_error(run[-1:], s.ys, t), range(129), best)
+        near(numbers[key], [worth[0], L], "the last layer's products, and the layers", 1e-6)
+    last = []
+    for kappa in (100.0, 1.0):
+        z = lib.study(dataclasses.replace(config, kappa=kappa))
+        curves = [lib.squared_error(z.runs[k][1], z.ys, n) for k in ("Transformer", "Newton", "GD")]
+        last += [lib.equal_error_steps(curves[0][-1:], counts, errors)[0] for counts, errors in
+                 zip((lib.NEWTON_STEPS, lib.GD_STEPS), curves[1:])]  # fmt: skip
+    near(numbers["kappa_newton"], [last[0], 1.5 * last[2]], "Newton: hard, 1.5 times easy", 1e-6)
+    near(numbers["kappa_gd"], [last[1], 4 * max(last[3], 1)], "GD: hard, 4 times easy", 1e-6)
     e = np.log10([max(((z[:, n] - s.ys[:, n]) ** 2).mean().item(), 1e-300) for z in run])
     near(numbers["superlinear"], [e[4] - e[5], max(e[2] - e[3], 0.1)], "digits of late, early layers")
     for key, steps in (("newton_line", numbers["newton_steps"]), ("gd_exponential", numbers["gd_steps"])):
