@@ -884,7 +884,7 @@ ORACLES = {  # name: its trajectory of L steps
 def test_planted_learners(name, plant):
     """Every experiment, with a learner whose numbers are known in the layers' place."""
     plant("train", lambda config: None)
-    plant("read_layers", lambda model, fitting, prompts: ORACLES[name](*prompts))
+    calls = plant("read_layers", lambda model, fitting, prompts: ORACLES[name](*prompts))
     lib.study.cache_clear()
     config, numbers = tiny(d=8, n=16, layers=L, prompts=300), {}
     for experiment in (lib.rates, lib.convergence, lib.heatmaps, lib.products, lib.conditioning):
@@ -893,6 +893,8 @@ def test_planted_learners(name, plant):
         assert drawn or experiment is lib.heatmaps, "the layers are not drawn"
         numbers |= {key: np.asarray(z, dtype=float) for key, z in found.items()}
         title.format(**numbers)
+    _, (fitting, _), (judged, _) = calls[0].args
+    assert len(fitting) == 4 * len(judged) == 1200 and not torch.equal(fitting[:300], judged)
     s, n = lib.study(config), config.n
     run = s.runs["Transformer"][1]
     error = ((run[-1, :, n] - s.ys[:, n]) ** 2).mean() / 8
@@ -968,8 +970,8 @@ def test_rulers_by_slow_loops():
     near(lib.equal_error_steps(*map(torch.stack, (errors,)), counts, torch.stack(run_errors)),
          torch.stack(expected), "log-linear between steps", 1e-6)
     bump = torch.tensor([1.0, 0.1, 0.5, 0.01])
-    near(lib.equal_error_steps(torch.tensor([0.3, 9, 1e-9]), [0, 1, 2, 3], bump),
-         [math.log(1 / 0.3) / math.log(10), 0, 3], "the first time; clamped", 1e-6)
+    near(lib.equal_error_steps(torch.tensor([0.3, 9, 1e-9, 0.05]), [0, 1, 2, 3], bump),
+         [math.log10(1 / 0.3), 0, 3, 2 + math.log10(2)], "the least so far; clamped", 1e-6)
     near(lib.most_similar_steps(ys + 3 * (run - ys)[[3, 0, 2]], (counts, run), ys), [4, 0, 2],
          "steps, not indices")
     y = np.array([99, -7, 3, 5, 7, 9.0])
@@ -991,6 +993,15 @@ def test_the_null_keeps_steps_and_shuffles_deviations():
     near(found + 1, [1 + sum(slow) / 2], "a constant deviation: half of the signs are -", 0.08)
     own = torch.cat([error, -3 * error])
     near(lib.null_similarity(ys + own, ys + own, ys), [1, 1], "no deviation")
+
+
+def test_layers_are_read_by_fitted_lines():
+    model = SimpleNamespace(read_out=torch.zeros(1), states=lambda xs, ys: torch.stack([xs, xs**3]))
+    prompts = [(xs.float(), (xs.sum(-1) + 5).float())
+               for xs, _ in (some(40), some(9))]  # fmt: skip
+    found = lib.read_layers(model, *prompts)
+    close(found[0], prompts[1][1].double(), "y = 5 + a line of the state: the constant counts", 1e-5)
+    assert found.shape == (2, 9, 7) and (found[1] - prompts[1][1]).abs().max() > 0.1
 
 
 def test_best_polynomials(plant):
