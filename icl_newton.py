@@ -202,8 +202,8 @@ def gradient_descent(xs, ys, steps, ridge=0.0):
     return predict(torch.stack(weights), xs)
 
 
-def gradient_descent_doubling(xs, ys, doublings, ridge=0.0):
-    """The same after 0, 1, 2, 4, ..., 2^doublings steps: (doublings+2, prompts, n+1).
+def gradient_descent_doubling(xs, ys, squarings, ridge=0.0):
+    """The same after 0, 1, 2, 4, ..., 2^squarings steps: (squarings+2, prompts, n+1).
 
     m steps from 0 make w_m, and from any w they make B^m w + w_m, B = I - eta S. So 2m steps make
     B^m w_m + w_m, and B^m is squared as Newton squares its R.
@@ -212,7 +212,7 @@ def gradient_descent_doubling(xs, ys, doublings, ridge=0.0):
     eta = 1 / torch.linalg.eigvalsh(S)[..., -1:].clamp_min(TINY)
     B, w = torch.eye(S.shape[-1]).to(S) - eta[..., None] * S, eta * b
     weights = [torch.zeros_like(b)]
-    for _ in range(doublings + 1):
+    for _ in range(squarings + 1):
         weights.append(w)
         B, w = B @ B, times(B, w) + w
     return predict(torch.stack(weights), xs)
@@ -441,7 +441,7 @@ def train(config):
     first, start = checkpoint.restore(), time.perf_counter()
     # Not even the best learner has an average of 0: t < d examples leave 1 - t/d unknown.
     best = sum(1 - t / config.d for t in range(config.d)) / (config.n + 1)
-    best = f" (at best {best:.3f})" if config.kappa == 1 and config.noise == 0 else ""
+    at_best = f" (at best {best:.3f})" if config.kappa == 1 and config.noise == 0 else ""
     for step in range(first, config.steps):
         error = training_step(model, optimizers, config, step, generator)
         done = step + 1
@@ -451,7 +451,7 @@ def train(config):
                 raise FloatingPointError(f"no finite error at step {done}: lower --muon_lr")
             left = (time.perf_counter() - start) / (done - first) * (config.steps - done)
             print(f"  step {done}, d = {d}: error / d {size[-1] / d:.4f} after the last example, "
-                  f"{size.mean() / d:.3f} on average{best}; {left:.0f} s left", flush=True)
+                  f"{size.mean() / d:.3f} on average{at_best}; {left:.0f} s left", flush=True)
             checkpoint.save(done)
     return model.requires_grad_(False)
 
@@ -499,8 +499,8 @@ def study(config):
     xs, ys = fresh_prompts(config, config.prompts, purpose=2)
     layers = read_layers(train(config), fitting, (xs, ys))
     data = dict(xs=xs, ys=ys, ridge=config.noise**2)
-    runs = {"Newton": (NEWTON_STEPS, newton(**data, steps=32)),
-            "GD": (GD_STEPS, gradient_descent_doubling(**data, doublings=16)),
+    runs = {"Newton": (NEWTON_STEPS, newton(**data, steps=NEWTON_STEPS[-1])),
+            "GD": (GD_STEPS, gradient_descent_doubling(**data, squarings=len(GD_STEPS) - 2)),
             "CG": (range(25), conjugate_gradient(**data, steps=24)),
             "Transformer": (range(len(layers)), layers)}
     return SimpleNamespace(xs=xs, ys=ys, runs=runs, least_squares=ols(**data))
@@ -732,7 +732,8 @@ def products(config, sheet):
     """New: D* of the layers, of Newton's steps and of CG's, after d and after n examples."""
     L, found = config.layers, {}
     axes = sheet(f"after d = {config.d} examples", f"after all {config.n}", yscale="log",
-                 xlabel="layer or step", ylabel="worth in products with S", ylim=(0.8, 128))
+                 xlabel="layer or step", ylabel="worth in products with S",
+                 ylim=(0.8, MOST_PRODUCTS))
     for ax, name, t in zip(axes, "dn", (config.d, config.n)):
         x, best, curves = range(1, L + 1), polynomial_errors(config, t), learning_curves(config, t)
         ax.fill_between(x, 0.8, x, color="#DDDDDD", label="one product a layer, or less")
@@ -834,10 +835,11 @@ def by_hand(config, sheet):
     """Fu, theorem 5.1: hand-written weights against Newton, with the smallest alpha for all."""
     axes = sheet("", xlabel="layer or step k", ylabel="squared error / d", yscale="log")
     xs, ys = fresh_prompts(config, 256, purpose=2)
-    alpha = newton_start(prefix_moments(xs, ys)[0][:, -1]).min()
-    ours, hand = newton(xs, ys, 32, alpha)[..., -1], construction(xs, ys, 32, alpha)
+    steps, alpha = NEWTON_STEPS[-1], newton_start(prefix_moments(xs, ys)[0][:, -1]).min()
+    ours, hand = newton(xs, ys, steps, alpha)[..., -1], construction(xs, ys, steps, alpha)
     for name, answers, style in (("Newton", ours, "-"), ("Transformer by hand", hand, " ")):
-        curve(axes[0], name, (answers - ys[:, -1]).square().mean(1) / config.d, range(33), style)
+        errors = (answers - ys[:, -1]).square().mean(1) / config.d
+        curve(axes[0], name, errors, NEWTON_STEPS, style)
     apart = (hand - ours).abs().max() / ys.square().mean().sqrt()
     title = "Attention with hand-written weights is Newton's method, to {by_hand:.0e}"
     return axes, title, {"by_hand": apart}
@@ -978,7 +980,7 @@ def table(found):
     record = {}
     for key, (sentence, relation, bound) in CLAIMS.items():
         if key in found:
-            pairs = [(z, bound) if bound else z for z in found[key]]
+            pairs = [z if bound is None else (z, bound) for z in found[key]]
             holds = sum(a > b if relation == ">" else a < b for a, b in pairs)
             record[key] = dict(zip(("values", "bounds"), zip(*pairs)), holds=holds)
             texts = [[f"{z:.3g}" for z in row] for row in zip(*pairs)]
@@ -1080,7 +1082,8 @@ class Checkpoint:
             return 0
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            assert form(saved) == self.form and 0 < saved["done"] <= self.steps
+            if form(saved) != self.form or not 0 < saved["done"] <= self.steps:
+                raise ValueError("it does not fit")  # no assert: python -O would let it pass
         except Exception:  # torch raises many kinds
             raise ValueError(f"{self.path} is damaged: delete it") from None
         for part, state in zip(self.parts, saved["parts"]):
@@ -1159,8 +1162,9 @@ def run(config):
         for one in (dataclasses.replace(config, seed=seed, seeds=1) for seed in seeds):
             axes, title, numbers = EXPERIMENTS[name](one, sheet)
             rows.append({key: np.asarray(z, dtype=float).tolist() for key, z in numbers.items()})
-        found |= {key: [row[key] for row in rows] for key in rows[0]}
-        titles[name] = title.format(**{key: np.mean(z, axis=0) for key, z in found.items()})
+        measured = {key: [row[key] for row in rows] for key in rows[0]}
+        titles[name] = title.format(**{key: np.mean(z, axis=0) for key, z in measured.items()})
+        found |= measured
         write_file(out / f"{name}.png", draw(axes, titles[name]))
         print(f"{time.perf_counter() - start:5.0f} s  {name}: {titles[name]}", flush=True)
     lines, results = table(found)
