@@ -8,10 +8,9 @@ Do Transformers that learn linear regression in context run Newton's method, lay
 Give a Transformer a prompt x_1, y_1, ..., x_{n+1} whose answers come from a hidden rule y =
 w*.x, new in every prompt. Trained on enough of them, it solves a *new* regression in one
 forward pass. By which algorithm? Fu, Chen, Jia and Sharan (arXiv 2310.17086, "Fu") say: each
-layer is worth a fixed number of steps of Iterative Newton; gradient descent would need
-exponentially many. This file trains such a network on their problem in minutes, reads a
-prediction out of every layer, lays it beside Newton, gradient descent (GD) and conjugate
-gradient (CG), and asks whether the evidence could have said no.
+layer is worth a few steps of Iterative Newton; gradient descent (GD) would need exponentially
+many. This file trains such a network, reads a prediction out of every layer, lays it beside
+Newton, GD and conjugate gradient (CG), and asks whether the evidence could have said no.
 
     python icl_newton.py                    eight figures, results, a table of claims
     python icl_newton.py --preset quick     a first look in half a minute
@@ -24,11 +23,10 @@ n+1): a method's steps, a network's layers. The same comparisons serve them all.
     Part II    theory that runs: Newton written by hand; linear attention; softmax attention
     Part III   machinery: claims, drawing, checkpoints, command line. Nothing to learn there.
 
-Unlike Fu's: 8 layers of width 64, not 12 of 256; Muon and thousands of steps, not Adam and
-500,000; GD's step size 1/lambda_max(S), not 0.01; SiLU, not GELU; positions start as
-sinusoids.
+Unlike Fu's: 8 layers of width 64, not 12 of 256; thousands of steps of Muon, not 500,000 of
+Adam; GD's step size 1/lambda_max(S), not 0.01; SiLU, not GELU; positions start as sinusoids.
 
-Notation (Fu's). Shapes: prompts first, (prompts, n+1, d). P prompts, L layers, T tokens, W wide.
+Notation (Fu's). Shapes: prompts first. P prompts, L layers, T tokens, W wide.
     d, n          dimension of x; examples in a prompt. The (n+1)-th x is the last query.
     t = 0..n      prefix length: every prompt asks n+1 questions, after 0, 1, ..., n examples
     Sigma, kappa  covariance of x and its condition number (1: isotropic)
@@ -50,18 +48,17 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.figure
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from torch import nn
 
 # %% Part I, the paper's claim. 1. Settings
 
 
 def setting(default, text, *allowed):
-    """A field of Config: its default, its help, and (least, most) or allowed words."""
+    """A field of Config: default, help text, and what is allowed: least and most, or words."""
     return dataclasses.field(default=default, metadata={"text": text, "allowed": allowed})
 
 
@@ -69,7 +66,6 @@ def setting(default, text, *allowed):
 class Config:
     """Every setting; its fields are the flags. ValueError for one that cannot work."""
 
-    # These decide the weights of a network.
     d: int = setting(20, "dimension of x and of the hidden rule w*", 2, 256)
     n: int = setting(40, "examples in a prompt, at least d + 2", 4, 1024)
     kappa: float = setting(1.0, "condition number of the covariance of x (Fu: 1, 100)", 1, 1e6)
@@ -82,12 +78,11 @@ class Config:
     tuning: int = setting(300, "further steps at kappa, if it is above 1", 0, 10**7)
     batch: int = setting(96, "fresh prompts per step", 1, 65_536)
     muon_lr: float = setting(0.014, "Muon's step size, for the layers' matrices", 1e-9, 1)
-    adam_lr: float = setting(0.005, "AdamW's, for embedding, positions, readout", 1e-9, 1)
     curriculum: int = setting(12, "steps per added dimension; 0: all at once", 0, 10**6)
     seed: int = setting(1, "of weights and prompts", 0, 10**9)
-    # These do not.
+    # Those above decide the weights of a network, those below do not.
     seeds: int = setting(1, "how many networks to compare, from `seed` on", 1, 100)
-    prompts: int = setting(640, "prompts to compare on; 4 times as many fit readouts", 2, 65_536)
+    prompts: int = setting(640, "prompts to compare on; readouts take 4 times as many", 2, 65_536)
     figures: str = setting("all", "which figures to make, by name, separated by commas")
     device: str = setting("auto", "auto: CUDA where there is one", "auto", "cpu", "cuda")
     out: str = setting("figures", "folder for pictures and results")
@@ -105,21 +100,17 @@ NOT_OF_WEIGHTS = "seeds", "prompts", "figures", "device", "out", "checkpoints"
 # can be memorised, so whatever predicts y_{t+1} must be an algorithm that runs on the prompt.
 
 def sample_prompts(prompts, n, d, kappa=1.0, noise=0.0, generator=None):
-    """Regression prompts xs (prompts, n+1, d), ys (prompts, n+1), float32, generator's device.
+    """Prompts xs (prompts, n+1, d), ys (prompts, n+1), float32, on the generator's device.
 
-    kappa > 1: each prompt has its own covariance, a uniformly random eigenbasis whose first d//2
-    eigenvalues are kappa times the others, of trace d (Fu, section 4.3). noise: the standard
-    deviation of what is added to every y.
-    """
+    kappa > 1: each prompt has its own covariance, of trace d, in a uniformly random basis; d//2
+    eigenvalues are kappa times the others (Fu, section 4.3). noise: a standard deviation."""
     device = generator.device if generator else None
     draw = functools.partial(torch.randn, generator=generator, device=device)
     xs = draw(prompts, n + 1, d)
     if kappa != 1:
-        eigenvalues = torch.ones(d, device=xs.device)
-        eigenvalues[: d // 2] = kappa
-        eigenvalues *= d / eigenvalues.sum()
+        eigenvalues = torch.where(torch.arange(d, device=device) < d // 2, kappa, 1.0)
         basis = torch.linalg.qr(draw(prompts, d, d)).Q
-        xs = (xs * eigenvalues.sqrt()) @ basis.mT
+        xs = (xs * (eigenvalues / eigenvalues.mean()).sqrt()) @ basis.mT
     w_star = draw(prompts, d, 1)
     ys = (xs @ w_star).squeeze(-1)
     return xs, ys + noise * draw(prompts, n + 1)
@@ -140,34 +131,35 @@ def fresh_prompts(config, count, purpose):
 #     conjugate gradient  the best w in span(b, S b, S^2 b, ...): the best of all methods that
 #                         multiply by S once a step; exact after d steps. It is our *control*:
 #                         what it does, too, is no sign of Newton.
-#
+
 # Newton looks for the inverse of S. Let R_k = I - S M_k be what is missing from it. Then
 #     R_{k+1} = I - S (2 M_k - M_k S M_k) = (I - S M_k)^2 = R_k^2,
 # so 10^-3 becomes 10^-6, then 10^-12: digits double. Without noise w* - w_k = R_k w*, as M_k
 # and S commute. Along an eigenvector of eigenvalue lambda, k steps of Newton, M_0 = alpha S,
 # leave a share (1 - alpha lambda^2)^(2^k) of the error, m steps of GD (1 - eta lambda)^m.
-#
-# In practice? A direction is found when its share is small: when 2^k alpha lambda^2, or m eta
-# lambda, is about 1. With alpha = 1/lambda_max^2 and eta = 1/lambda_max, Newton has found the
-# directions with lambda > lambda_max 2^(-k/2), GD those with lambda > lambda_max/m. So at
-# first a step of Newton widens its *reach* by 1.4; GD needs 1.4 times as many steps for the
-# same. Once all directions are found, digits double. The figures mostly measure the first
-# phase.
-#
+
+# A direction is found when its share is small: when 2^k alpha lambda^2, or m eta lambda, is
+# about 1. With alpha = 1/lambda_max^2 and eta = 1/lambda_max, Newton has found the directions
+# with lambda > lambda_max 2^(-k/2), GD those with lambda > lambda_max/m. So at first a step of
+# Newton widens its *reach* by 1.4; GD needs 1.4 times as many steps for the same. Once all
+# directions are found, digits double. The figures mostly measure the first phase.
+
 # Newton converges for alpha < 2/lambda_max(S)^2. Fu print the edge, 2/||S S^T||_2: one
 # eigenvalue of R is -1 there, and its square never shrinks. And the order of factors matters:
 # M S M forgets rounding errors; S M M or M M S lets them grow up to kappa-fold in every step.
 
+# In code a method takes S (..., d, d) and b (..., d) of all prefixes, and returns the w of all
+# steps from step 0 on: (steps+1, ..., d).
+
 TINY = 1e-30  # keeps the empty prefix, S = 0, from dividing by zero
-RANK_TOLERANCE = 1e-12  # an eigenvalue below this share of the largest is rounding
 
 
 def prefix_moments(xs, ys, ridge=0.0):
-    """S (prompts, n+1, d, d), plus ridge I, and b (prompts, n+1, d) of the prefixes t = 0..n."""
+    """S + ridge I (prompts, n+1, d, d) and b (prompts, n+1, d) of the prefixes t = 0..n."""
     xs, ys = xs.double(), ys.double()
     S = (xs[..., :, None] * xs[..., None, :]).cumsum(1)  # of t + 1 examples, at entry t
     b = (ys[..., None] * xs).cumsum(1)
-    # Shifted by one, since no prediction may see its own answer; and nothing is known at t = 0.
+    # Shifted by one: no prediction may see its own answer, and nothing is known at t = 0.
     S, b = F.pad(S[:, :-1], (0, 0, 0, 0, 1, 0)), F.pad(b[:, :-1], (0, 0, 1, 0))
     return S + ridge * torch.eye(xs.shape[-1]).to(S), b
 
@@ -178,112 +170,88 @@ def times(matrices, vectors):
 
 
 def predict(weights, xs):
-    """Answer each prefix's query: weights (steps, prompts, n+1, d) -> (steps, prompts, n+1)."""
-    return torch.einsum("kptd,ptd->kpt", weights, xs.double())
+    """Each prefix's query answered, w.x: (..., prompts, n+1, d) -> (..., prompts, n+1)."""
+    return torch.einsum("...ptd,ptd->...pt", weights, xs.double())
 
 
-def ols(xs, ys, ridge=0.0):
-    """Ordinary least squares, pinv(S) b: a trajectory of one step, (1, prompts, n+1)."""
-    S, b = prefix_moments(xs, ys, ridge)
-    inverse = torch.linalg.pinv(S, hermitian=True, rtol=RANK_TOLERANCE)
-    return predict(times(inverse, b)[None], xs)
+def ols(S, b):
+    """Ordinary least squares, pinv(S) b: the answer itself, (..., d)."""
+    return times(torch.linalg.pinv(S, hermitian=True, rtol=1e-12), b)  # less is rounding
 
 
-def gradient_descent(xs, ys, steps, ridge=0.0):
-    """Gradient descent, w <- w - eta (S w - b) from w = 0: a trajectory (steps+1, prompts, n+1).
-
-    eta is the textbook's safe step 1/lambda_max(S), prefix by prefix. Step 0 is w = 0. Float64.
-    """
-    S, b = prefix_moments(xs, ys, ridge)
-    eta = 1 / torch.linalg.eigvalsh(S)[..., -1:].clamp_min(TINY)  # (prompts, n+1, 1)
+def gradient_descent(S, b, steps):
+    """Gradient descent, w <- w - eta (S w - b), from w = 0, with eta = 1/lambda_max(S)."""
+    eta = 1 / torch.linalg.eigvalsh(S)[..., -1:].clamp_min(TINY)  # (..., 1), one a prefix
     weights = [torch.zeros_like(b)]
     for _ in range(steps):
         weights.append(weights[-1] - eta * (times(S, weights[-1]) - b))
-    return predict(torch.stack(weights), xs)
+    return torch.stack(weights)
 
 
-def gradient_descent_doubling(xs, ys, squarings, ridge=0.0):
-    """The same after 0, 1, 2, 4, ..., 2^squarings steps: (squarings+2, prompts, n+1).
-
-    m steps from 0 make w_m, and from any w they make B^m w + w_m, B = I - eta S. So 2m steps make
-    B^m w_m + w_m, and B^m is squared as Newton squares its R.
-    """
-    S, b = prefix_moments(xs, ys, ridge)
-    eta = 1 / torch.linalg.eigvalsh(S)[..., -1:].clamp_min(TINY)
-    B, w = torch.eye(S.shape[-1]).to(S) - eta[..., None] * S, eta * b
-    weights = [torch.zeros_like(b)]
-    for _ in range(squarings + 1):
-        weights.append(w)
-        B, w = B @ B, times(B, w) + w
-    return predict(torch.stack(weights), xs)
+def gradient_descent_after(S, b, counts):
+    """The same after counts of steps alone (counts, ..., d): m leave (1 - eta lambda)^m."""
+    eigenvalues, U = torch.linalg.eigh(S)
+    steps = eigenvalues / eigenvalues[..., -1:].clamp_min(TINY)  # eta lambda; 0 if tiny
+    found = torch.stack([(1 - (1 - steps) ** m) / eigenvalues for m in counts])
+    return times(U, torch.where(steps > 1e-12, found, 0.0) * times(U.mT, b))
 
 
 def newton_start(S):
     """A safe alpha for M_0 = alpha S (..., d, d): (..., 1, 1), finite for S = 0 too.
 
-    At most 1/lambda_max(S)^2, so that no eigenvalue of R_0 = I - alpha S^2 is negative, and not
-    much less, since every halving costs a step. In S's dtype, float32 too.
-    """
-    # The authors' code has 1/||S S^T||_F, which asks for no eigenvalues.
+    At most 1/lambda_max(S)^2, so that no eigenvalue of R_0 = I - alpha S^2 is negative; not much
+    less, since every halving costs a step. The authors' code has this one, too."""
     return 1 / torch.linalg.matrix_norm(S @ S.mT, keepdim=True).clamp_min(TINY)
 
 
-def newton(xs, ys, steps, alpha=None, ridge=0.0):
-    """Iterative Newton, M <- 2M - M S M from M_0 = alpha S, w_k = M_k b (Fu, section 3.1).
+def newton(S, b, steps, alpha=None):
+    """Iterative Newton, M <- 2M - M S M, w_k = M_k b, from M_0 = alpha S (Fu, section 3.1).
 
-    A trajectory (steps+1, prompts, n+1), float64; step 0 is M_0. alpha, a number, defaults to
-    newton_start(S), prefix by prefix.
-    """
-    S, b = prefix_moments(xs, ys, ridge)
+    alpha, a number, defaults to newton_start(S), prefix by prefix."""
     M = (newton_start(S) if alpha is None else alpha) * S
     weights = [times(M, b)]
     for _ in range(steps):
         M = 2 * M - M @ S @ M
         weights.append(times(M, b))
-    return predict(torch.stack(weights), xs)
+    return torch.stack(weights)
 
 
-def conjugate_gradient(xs, ys, steps, ridge=0.0):
-    """Conjugate gradient on S w = b from w = 0: a trajectory (steps+1, prompts, n+1), float64.
+def conjugate_gradient(S, b, steps):
+    """Conjugate gradient on S w = b, from w = 0 (Hestenes and Stiefel, 1952).
 
-    Each step goes to the lowest point along its direction, and directions are S-orthogonal to
-    all earlier ones, so that nothing gained is lost again (Hestenes and Stiefel, 1952).
-    """
-    S, b = prefix_moments(xs, ys, ridge)
+    Each step goes to the lowest point along a direction that is S-orthogonal to all others: what
+    is gained is never lost."""
     residual, direction, weights = b, b, [torch.zeros_like(b)]
-    energy = start = b.square().sum(-1, keepdim=True)  # (prompts, n+1, 1)
+    energy = start = b.square().sum(-1, keepdim=True)
     for _ in range(steps):
         S_direction = times(S, direction)
         length = energy / (direction * S_direction).sum(-1, keepdim=True)
-        length = torch.where(energy > 1e-28 * start, length, 0.0)  # only rounding is left: stop
+        length = torch.where(energy > 1e-28 * start, length, 0.0)  # stop at rounding
         weights.append(weights[-1] + length * direction)
         residual = residual - length * S_direction
         before, energy = energy, residual.square().sum(-1, keepdim=True)
         direction = residual + energy / before.clamp_min(TINY) * direction
-    return predict(torch.stack(weights), xs)
+    return torch.stack(weights)
 
 
 # %% 4. The Transformer
 # A decoder like GPT-2: layers of causal attention and an MLP add to a residual stream. It
-# predicts y_{t+1} at the token x_{t+1}. Normalised queries and keys keep large step sizes
-# stable.
-#
+# predicts y_{t+1} at the token x_{t+1}. Normalised queries and keys keep large steps stable.
+
 # Its first task is a copy: y_i must meet its x_i, one token to the left. Learned position by
-# position, that copy is where training at d = 20 got stuck. Sinusoids make it one task, since
-# a step to the left is the same rotation everywhere. So positions *start* as sinusoids, of a
-# size that leaves the prompt heard, and are learned from there.
+# position, that copy is where training got stuck. Sinusoids make it one task: a step to the
+# left is the same rotation everywhere. So positions *start* as sinusoids, and learn from there.
 
 def interleave(xs, ys):
-    """Prompts (prompts, n+1, d), (prompts, n+1) -> tokens (prompts, 2n+1, d): x_1, y_1, ...
+    """(prompts, n+1, d), (prompts, n+1) -> tokens x_1, y_1, x_2, ...: (prompts, 2n+1, d).
 
-    y is zero-padded to d entries, and the last y, the answer, is left out (Fu, section 3).
-    """
+    y is padded with zeros; the last y, the answer, is left out (Fu, section 3)."""
     y_tokens = F.pad(ys[..., None], (0, xs.shape[-1] - 1))  # (prompts, n+1, d): y, 0, ..., 0
     return torch.stack([xs, y_tokens], dim=2).flatten(1, 2)[:, :-1]
 
 
 def sinusoids(T, W):
-    """A code for T positions (T, W): sines and cosines of periods of 2 pi to 200 pi tokens."""
+    """A code for T positions (T, W): sines and cosines, periods of 2 pi to 200 pi tokens."""
     angles = torch.arange(T)[:, None] * 100.0 ** -torch.linspace(0, 1, (W + 1) // 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :W]
 
@@ -294,10 +262,8 @@ def normalize(h):
 
 
 def causal_attention(q, k, v):
-    """softmax(q k^T / sqrt(D) + mask) v for q, k, v (..., T, D): token i sees tokens 0..i."""
-    T, D = q.shape[-2:]
-    mask = torch.full((T, T), -math.inf, device=q.device).triu(1)  # 0 for the past, -inf after
-    return (q / math.sqrt(D) @ k.mT + mask).softmax(-1) @ v  # (..., T, T) @ (..., T, D)
+    """softmax(q k^T / sqrt(D)) v for q, k, v (..., T, D); token i sees tokens 0..i alone."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class Transformer(nn.Module):
@@ -309,17 +275,15 @@ class Transformer(nn.Module):
         self.read_in = nn.Parameter(torch.randn(W, config.d) / math.sqrt(config.d))
         self.positions = nn.Parameter(0.3 * sinusoids(2 * config.n + 1, W))
         self.read_out = nn.Parameter(torch.zeros(W))
-        # Standard deviations 1/sqrt(3 W), as torch.nn.Linear's; half that for what writes to h.
-        self.attention = nn.Parameter(torch.randn(L, 4, W, W) / math.sqrt(3 * W))  # Q, K, V, O
-        self.mlp = nn.Parameter(torch.randn(L, 2, 2 * W, W) / math.sqrt(3 * W))  # up, down^T
-        with torch.no_grad():
-            self.attention[:, 3] /= 2
-            self.mlp[:, 1] /= 2
+        # Standard deviation 1/sqrt(3 W), as torch.nn.Linear's; half that for what writes to h.
+        halves = torch.tensor([1, 1, 1, 0.5])[:, None, None] / math.sqrt(3 * W)
+        self.attention = nn.Parameter(torch.randn(L, 4, W, W) * halves)  # Q, K, V, O
+        self.mlp = nn.Parameter(torch.randn(L, 2, 2 * W, W) * halves[2:])  # up, down^T
 
     def stream(self, xs, ys):
         """The residual stream (P, T, W) after the embedding and after every layer."""
-        h = interleave(xs, ys) @ self.read_in.mT  # (P, T, d) @ (d, W)
-        h = h + self.positions[: h.shape[1]]
+        tokens = interleave(xs, ys)
+        h = tokens @ self.read_in.mT + self.positions[: tokens.shape[1]]  # (P, T, d) @ (d, W)
         yield h
         for attention, (up, down) in zip(self.attention.unbind(), self.mlp.unbind()):
             h = h + self.attend(normalize(h), attention)
@@ -328,11 +292,11 @@ class Transformer(nn.Module):
 
     def attend(self, h, weights):
         """Multi-head causal attention on h (P, T, W) with weights Q, K, V, O (4, W, W)."""
-        QKV = weights[:3].flatten(0, 1)  # (3W, W): one product in place of three
-        qkv = (h @ QKV.mT).unflatten(-1, (3, self.heads, -1))  # (P, T, 3, heads, W/heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (P, heads, T, W/heads)
-        mixed = causal_attention(normalize(q), normalize(k), v)
-        return mixed.transpose(1, 2).flatten(2) @ weights[3].mT  # heads side by side: (P, T, W)
+        Q, K, V, O = weights
+        q, k, v = ((h @ Z.mT).unflatten(-1, (self.heads, -1)) for Z in (Q, K, V))
+        heads = (z.transpose(1, 2) for z in (normalize(q), normalize(k), v))
+        mixed = causal_attention(*heads)  # each (P, heads, T, W/heads)
+        return mixed.transpose(1, 2).flatten(2) @ O.mT  # heads side by side again: (P, T, W)
 
     def states(self, xs, ys):
         """What probes see: the normalised x tokens of the stream, (L+1, P, n+1, W)."""
@@ -348,33 +312,29 @@ class Transformer(nn.Module):
 # The paper's Adam takes hundreds of thousands of steps (`--recipe fu` is it). Three changes
 # make it thousands. First the loss. With e_t the error after t examples, it is
 #     mean over t of  sqrt( mean over prompts of |e_t|^1.5 ).
-# Late errors are a thousand times smaller than early ones, which no method can avoid; yet the
-# late ones show how well a network computes. The root lets them count. And |e|^1.5 in place
-# of e^2, since among squares a few unlucky prompts drown the rest.
-#
+# Early errors, a thousand times larger, no method can avoid; the late ones show how well a
+# network computes. The root lets them count. And |e|^1.5 in place of e^2, since among squares
+# a few unlucky prompts drown the rest.
+
 # Second the optimiser. Muon (Keller Jordan, 2024) replaces each matrix's momentum by the
 # nearest orthogonal matrix, so that all directions are learned at one speed. To find it takes
-# five steps of X <- a X + b (X X^T) X + c (X X^T)^2 X, a relative of Newton's: they move
-# every singular value s to a s + b s^3 + c s^5. Jordan's a, b, c drive it to about 1 fast.
-#
-# Third a curriculum (Garg et al., 2022): 2 dimensions and 2d + 2 examples at first, then
-# more, up to d and n. Training at d = 20 does not start without it.
+# five steps of X <- a X + b X X^T X + c X (X^T X)^2, a relative of Newton's: they move every
+# singular value s to a s + b s^3 + c s^5. Jordan's a, b, c drive it to about 1 fast.
+
+# Third a curriculum (Garg et al., 2022): 2 dimensions and 6 examples at first, then more, up
+# to d and n. Training at d = 20 does not start without it.
 
 def orthogonalize(G):
-    """Roughly the nearest orthogonal matrix to each of (..., m, n); tiny singular values lag."""
-    X = G.mT if G.shape[-2] > G.shape[-1] else G  # work on the smaller side
-    X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1e-7)
+    """Roughly the nearest to each matrix (..., m, n), m >= n, with orthonormal columns."""
+    X = G / torch.linalg.matrix_norm(G, keepdim=True).clamp_min(1e-7)
     for _ in range(5):
-        A = X @ X.mT
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-    return X.mT if G.shape[-2] > G.shape[-1] else X
+        A = X.mT @ X
+        X = 3.4445 * X + X @ (-4.7750 * A + 2.0315 * A @ A)
+    return X
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, for stacks of matrices (torch's own takes them one at a time)."""
-
-    def __init__(self, params, lr, momentum=0.9):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
+    """Momentum, orthogonalised, for stacks of matrices; torch's own takes them one by one."""
 
     @torch.no_grad()
     def step(self):
@@ -392,27 +352,20 @@ def make_optimizers(model, config):
     if config.recipe == "fu":
         return [torch.optim.Adam(model.parameters(), 1e-4)]
     rest = [model.read_in, model.positions, model.read_out]
-    adam = torch.optim.AdamW(rest, config.adam_lr, (0.9, 0.99), weight_decay=0)
-    return [adam, Muon([model.attention, model.mlp], config.muon_lr)]
-
-
-def curriculum(config, step):
-    """Active dimensions and examples of a training step: (d, n)."""
-    d = min(2 + step // config.curriculum, config.d) if config.curriculum else config.d
-    return d, config.n if d == config.d else min(2 * d + 2, config.n)
+    return [torch.optim.AdamW(rest, 0.005, (0.9, 0.99), weight_decay=0),
+            Muon([model.attention, model.mlp], dict(lr=config.muon_lr, momentum=0.9))]
 
 
 def training_step(model, optimizers, config, step, generator):
     """One step on fresh prompts. Returns their errors (batch, n+1), on the device."""
-    d, n = curriculum(config, step)
+    d = min(2 + step // config.curriculum, config.d) if config.curriculum else config.d
+    n = config.n if d == config.d else min(2 * d + 2, config.n)
     xs, ys = sample_prompts(config.batch, n, d, config.kappa, config.noise, generator)
     error = model(F.pad(xs, (0, config.d - d)), ys) - ys  # inactive dimensions are 0
+    loss = error.abs().clamp_min(TINY).pow(1.5).mean(0).sqrt().mean()
+    factor = min((step + 1) / 100, 1) * (1 - step / config.steps)  # of the step sizes
     if config.recipe == "fu":
-        loss, factor = error.square().mean(), 1.0
-    else:
-        typical = error.abs().clamp_min(TINY).pow(1.5).mean(0)  # (n+1,), prefix by prefix
-        loss = typical.sqrt().mean()
-        factor = min((step + 1) / 100, 1) * (1 - step / config.steps)  # of the step sizes
+        loss, factor = error.square().mean(), 1
     loss.backward()
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
@@ -422,11 +375,10 @@ def training_step(model, optimizers, config, step, generator):
 
 
 def train(config):
-    """The trained network of `config`; a killed run goes on at its checkpoint, to the same bits.
+    """The trained network of `config`; a killed run goes on at its checkpoint, bit for bit.
 
     At kappa > 1 the network of kappa = 1 goes on, for `tuning` steps. FloatingPointError: errors
-    are not finite. ValueError: the checkpoint is damaged.
-    """
+    are not finite; ValueError: a damaged checkpoint."""
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
     model = Transformer(config).to(device)
@@ -439,19 +391,15 @@ def train(config):
     optimizers = make_optimizers(model, config)
     checkpoint = Checkpoint(config, model, optimizers, generator)  # section 16
     first, start = checkpoint.restore(), time.perf_counter()
-    # Not even the best learner has an average of 0: t < d examples leave 1 - t/d unknown.
-    best = sum(1 - t / config.d for t in range(config.d)) / (config.n + 1)
-    at_best = f" (at best {best:.3f})" if config.kappa == 1 and config.noise == 0 else ""
-    for step in range(first, config.steps):
-        error = training_step(model, optimizers, config, step, generator)
-        done = step + 1
+    for done in range(first + 1, config.steps + 1):
+        error = training_step(model, optimizers, config, done - 1, generator)
         if done % 250 == 0 or done == config.steps:
-            d, size = curriculum(config, step)[0], error.square().mean(0)  # (n+1,)
-            if not size.isfinite().all():
+            if not error.isfinite().all():
                 raise FloatingPointError(f"no finite error at step {done}: lower --muon_lr")
             left = (time.perf_counter() - start) / (done - first) * (config.steps - done)
-            print(f"  step {done}, d = {d}: error / d {size[-1] / d:.4f} after the last example, "
-                  f"{size.mean() / d:.3f} on average{at_best}; {left:.0f} s left", flush=True)
+            last = error[:, -1].square().mean() / config.d
+            print(f"  step {done}: squared error / d {last:.4f} after {config.n} examples; "
+                  f"{left:.0f} s left", flush=True)
             checkpoint.save(done)
     return model.requires_grad_(False)
 
@@ -461,101 +409,76 @@ def train(config):
 # state, on prompts other than those that judge it, and many: few would blur the last layer.
 
 def least_squares_readout(H, y):
-    """The r that minimises ||H r - y||: H (..., samples, width), y (samples,) -> (..., width).
+    """The r of least ||H r - y||, float64: H (..., samples, width), y (samples,) -> (..., width).
 
-    Of all best r the shortest, since a layer leaves directions of its state unused. All float64.
-    """
-    return times(torch.linalg.pinv(H.mT @ H, hermitian=True, rtol=1e-12), times(H.mT, y))
+    The shortest of them, since a layer leaves directions of its state unused."""
+    return ols(H.mT @ H, times(H.mT, y))
 
 
 @torch.no_grad()
-def probe_features(model, xs, ys):
-    """All layers' states and a constant 1, float64, on the CPU: (L+1, prompts, n+1, W+1)."""
-    device = model.read_out.device
-    return F.pad(model.states(xs.to(device), ys.to(device)).double().cpu(), (0, 1), value=1.0)
-
-
 def read_layers(model, fitting, prompts):
     """The layers as a trajectory on `prompts`, (L+1, prompts, n+1); step 0 is the embedding.
 
-    fitting, prompts: pairs (xs, ys). Readouts are fitted on the first, all prefixes at once.
-    """
-    H = probe_features(model, *fitting).flatten(1, 2)  # (L+1, samples, W+1)
-    readouts = least_squares_readout(H, fitting[1].double().flatten())
-    return torch.einsum("lptw,lw->lpt", probe_features(model, *prompts), readouts)
+    fitting, prompts: pairs (xs, ys); readouts are fitted on the first, for all prefixes."""
+    pairs = [[z.to(model.read_out.device) for z in pair] for pair in (fitting, prompts)]
+    # All layers' states and a constant 1: two tensors (L+1, prompts, n+1, W+1).
+    H, judged = (F.pad(model.states(*pair).double().cpu(), (0, 1), value=1.0) for pair in pairs)
+    readouts = least_squares_readout(H.flatten(1, 2), fitting[1].double().flatten())
+    return torch.einsum("lptw,lw->lpt", judged, readouts)
 
 
-NEWTON_STEPS = range(33)  # float64 is safe for about 40: off the span rounding doubles
-GD_STEPS = [0, *(2**k for k in range(17))]  # 0, 1, 2, 4, ..., 65536
+STEPS = {"Newton": range(33), "CG": range(25), "GD": [0, *(2**k for k in range(17))],
+         "Transformer": range(65)}  # how many steps each entry of a trajectory stands for
 
 
 @functools.cache
 def study(config):
-    """A trained network's layers and three methods' steps, all on the same fresh prompts.
+    """A trained network and the methods on the same fresh prompts xs, ys.
 
-    xs, ys; least_squares (1, prompts, n+1); runs, {learner: (its counts of steps, trajectory)}.
-    """
+    runs: {learner: its trajectory, at STEPS}; least_squares: its predictions."""
     fitting = fresh_prompts(config, 4 * config.prompts, purpose=1)
     xs, ys = fresh_prompts(config, config.prompts, purpose=2)
     layers = read_layers(train(config), fitting, (xs, ys))
-    data = dict(xs=xs, ys=ys, ridge=config.noise**2)
-    runs = {"Newton": (NEWTON_STEPS, newton(**data, steps=NEWTON_STEPS[-1])),
-            "GD": (GD_STEPS, gradient_descent_doubling(**data, squarings=len(GD_STEPS) - 2)),
-            "CG": (range(25), conjugate_gradient(**data, steps=24)),
-            "Transformer": (range(len(layers)), layers)}
-    return SimpleNamespace(xs=xs, ys=ys, runs=runs, least_squares=ols(**data))
+    S, b = prefix_moments(xs, ys, ridge=config.noise**2)
+    weights = {"Newton": newton(S, b, STEPS["Newton"][-1]),
+               "GD": gradient_descent_after(S, b, STEPS["GD"]),
+               "CG": conjugate_gradient(S, b, STEPS["CG"][-1])}
+    runs = {name: predict(w, xs) for name, w in weights.items()} | {"Transformer": layers}
+    return SimpleNamespace(xs=xs, ys=ys, runs=runs, least_squares=predict(ols(S, b), xs))
 
 
 # %% 7. Two rulers
 # How many steps of Newton is a layer worth? *Similarity* (Fu, section 4.1) asks which step
 # makes the most similar errors: the cosine between the vectors of errors that two learners
 # make on a prompt, over the prefixes t = 1..n. (At t = 0 nobody knows anything; the authors'
-# code counts it.) *Equal error* asks after how many steps Newton errs as little as the layer,
-# after t examples. Any learner can stand in the layer's place, and one that is known should:
-# Newton itself must give 0, 1, 2, ...
+# code counts it.) *Equal error* asks after how many steps Newton errs as little as the layer.
+# Any learner can stand in the layer's place, and a known one should: Newton must give 0, 1, 2.
 
 def similarity_of_errors(traj_a, traj_b, ys):
     """Fu's SimE: cosines of prediction - y over t = 1..n, averaged over prompts, in float64.
 
-    (A, prompts, n+1), (B, prompts, n+1) -> (A, B), all pairs of steps; an error of 0 counts as 0.
-    """
+    (A, prompts, n+1), (B, prompts, n+1) -> (A, B), all pairs of steps; no error counts as 0."""
     a, b = (F.normalize((z.double() - ys)[..., 1:], dim=-1) for z in (traj_a, traj_b))
     return torch.einsum("apt,bpt->ab", a, b) / ys.shape[0]
-
-
-def most_similar_steps(learner, run, ys):
-    """Which steps of a run, a pair (counts, trajectory), a learner's steps are most like: (A,)."""
-    counts, trajectory = run
-    return np.array(counts)[similarity_of_errors(learner, trajectory, ys).argmax(1)]
-
-
-def squared_error(traj, ys, t):
-    """Mean squared error after t examples, step by step: (steps,)."""
-    return (traj[..., t] - ys[:, t]).square().mean(-1)
 
 
 def equal_error_steps(errors, counts, run_errors):
     """After how many steps a run errs as little: errors (A,), counts, run_errors (B,) -> (A,).
 
-    Between the run's steps log error is taken to be linear; should it rise, the least counts.
-    """
+    Log error is taken to be linear between the run's steps; should it rise, the least counts."""
     wanted, gained = (-z.clamp_min(TINY).log() for z in (errors, run_errors))
     return np.interp(wanted, gained.cummax(0).values, counts)
 
 
-# Rates are measured from layer 3 on, as the paper's are: the first two gather each y to its
-# x. Two shapes compete: a line, steps = a + b l, and an exponential, log2 steps = a + b l.
-# R^2, the share of the variance that a fit explains, says which is closer; on six points no
-# more than that.
+# Rates are measured from layer 3 on, as the paper's are: the first two gather y's to x's. Two
+# shapes compete: a line, steps = a + b l, and an exponential, log2 steps = a + b l. R^2, the
+# share of the variance that a fit explains, says which is closer; on six points no more.
 
 FIRST_LAYER = 3
 
 
 def line_fit(steps, first=FIRST_LAYER):
-    """Slope and R^2 of the least-squares line through steps (L,) of layers 1..L, from `first` on.
-
-    R^2 is 0 if the points neither rise nor fall.
-    """
+    """Slope and R^2 (of a constant 0) of the line through steps (L,), layers `first` to L."""
     y = np.asarray(steps)[first - 1 :]
     x = np.arange(len(y))
     slope = np.polyfit(x, y, 1)[0]
@@ -568,119 +491,113 @@ def doublings(steps):
 
 
 # %% 8. The paper's figures
-# An experiment draws one network's results into the panels of a `sheet` (section 15), which
-# all seeds share. It returns the panels; the headline, with gaps for numbers; and the numbers
-# that fill them and the claims (section 14): {key: measured} or {key: (measured, what it must
-# beat)}.
+# An experiment draws one network's results into the panels of a `sheet` (section 15), shared
+# by all seeds. It returns the panels; the headline, with gaps for numbers; and the numbers for
+# these and the claims (section 14): {key: measured, or (measured, what it must beat)}.
 
 PAPER = (  # Fu's Transformer (d = 20, n = 40): best matches of layers 1..12, figures 8 and 10
     [1, 1, 2, 5, 8, 10, 14, 16, 20, 20, 21, 21],  # steps of Newton, then of GD
     [1, 1, 4, 8, 32, 64, 256, 512, 1024, 4096, 4096, 4096])
 
 
-def learning_curves(config, t):
-    """Every learner's squared error after t examples: {learner: (counts, errors (counts,))}."""
+def learning_curves(config, t, ax=None):
+    """Squared errors after t examples, {learner: (steps,)}; ax is a panel to draw them in."""
     s = study(config)
-    return {name: (counts, squared_error(run, s.ys, t)) for name, (counts, run) in s.runs.items()}
+    curves = {k: (run[..., t] - s.ys[:, t]).square().mean(1) for k, run in s.runs.items()}
+    for name, errors in curves.items() if ax else ():
+        curve(ax, name, errors / config.d, STEPS[name][: len(errors)])
+    return curves
 
 
 def climb(config, learner):
     """What a learner's steps 1..L match: three times (L,).
 
-    Steps of Newton and of GD by similarity, and of Newton by equal error after n examples.
-    """
-    s, curves, L = study(config), learning_curves(config, config.n), config.layers
-    run, errors = s.runs[learner][1][1 : L + 1], curves[learner][1][1 : L + 1]
-    return (most_similar_steps(run, s.runs["Newton"], s.ys),
-            most_similar_steps(run, s.runs["GD"], s.ys),
-            equal_error_steps(errors, *curves["Newton"]))
+    Steps of Newton and of GD by similarity, steps of Newton by equal error after n examples."""
+    s, curves, steps = study(config), learning_curves(config, config.n), slice(1, config.layers + 1)
+    run, equal = s.runs[learner][steps], curves[learner][steps]
+    to_newton, to_gd = (similarity_of_errors(run, s.runs[k], s.ys).argmax(1).numpy()
+                        for k in ("Newton", "GD"))
+    return (to_newton, np.array(STEPS["GD"])[to_gd],
+            equal_error_steps(equal, STEPS["Newton"], curves["Newton"]))
 
 
 def rates(config, sheet):
     """Fu, figures 3, 8, 10: the steps of Newton and GD that layers match; CG is the control.
 
-    CG's rate counts all its steps until it is exact: it has no layers to lose.
-    """
+    CG's rate counts all its steps until it is exact: it has no layers to lose."""
     axes = sheet("like which step of Newton?", "like which step of GD?",
-                 "erring as which step of Newton?", xlabel="layer, or step", ylabel="step")
+                 f"erring as which, after {config.n}?", xlabel="layer, or step", ylabel="step")
     axes[1].set_yscale("symlog", linthresh=1)
     climbs = {name: climb(config, name) for name in ("Newton", "CG", "Transformer")}
     for name, matched in [*climbs.items(), ("Fu's Transformer", PAPER)]:
         for ax, steps in zip(axes, matched):
             curve(ax, name, steps)
     (to_newton, to_gd, equal), (cg, _, cg_equal) = climbs["Transformer"], climbs["CG"]
-    rate, line = line_fit(to_newton)
-    gd_rate, exponential = line_fit(doublings(to_gd))
-    title = "A layer is worth {newton_rate[0]:.1f} Newton steps, a step of CG {newton_rate[1]:.1f}"
+    title = "A layer is worth {newton_rate[0]:.1f} Newton steps, a CG step {newton_rate[1]:.1f}"
     return axes, title + "; by error {equal_rate[0]:.1f} and {equal_rate[1]:.1f}", {
-        "newton_rate": (rate, line_fit(cg[: config.d - 1], 1)[0]),
+        "newton_rate": (line_fit(to_newton)[0], line_fit(cg[: config.d - 1], 1)[0]),
         "equal_rate": (line_fit(equal)[0], line_fit(cg_equal[: config.d - 1], 1)[0]),
-        "newton_line": (line, line_fit(doublings(to_newton))[1]),
-        "gd_exponential": (exponential, line_fit(to_gd)[1]),
-        "gd_rate": gd_rate, "newton_steps": to_newton, "gd_steps": to_gd}
-
-
-def draw_learning_curves(ax, config, t):
-    """Every learner's squared error / d after t examples; returns learning_curves."""
-    curves = learning_curves(config, t)
-    for name, (counts, errors) in curves.items():
-        curve(ax, name, errors / config.d, counts)
-    return curves
+        "newton_line": (line_fit(to_newton)[1], line_fit(doublings(to_newton))[1]),
+        "gd_exponential": (line_fit(doublings(to_gd))[1], line_fit(to_gd)[1]),
+        "newton_steps": to_newton, "gd_steps": to_gd}
 
 
 def convergence(config, sheet):
     """Fu, figure 2: squared error of all four learners, against the layer or step."""
-    axes = sheet(f"after all {config.n} examples", f"after d + 2 = {config.d + 2} examples",
-                 xlabel="layer or step", ylabel="squared error / d", yscale="log",
-                 ylim=(1e-7, 2), xlim=(0, 24))
-    errors = draw_learning_curves(axes[0], config, config.n)["Transformer"][1]
-    draw_learning_curves(axes[1], config, config.d + 2)
+    axes = sheet(f"after all {config.n}", f"after d + 2 = {config.d + 2} examples", yscale="log",
+                 xlabel="layer or step", ylabel="squared error / d", xlim=(0, 24), ylim=(1e-7, 2))
+    learning_curves(config, config.d + 2, axes[1])
+    curves = learning_curves(config, config.n, axes[0])
+    errors = curves["Transformer"]
     digits = -errors[FIRST_LAYER - 1 :].log10().diff()  # gained by layers 3..L
     early, late = digits[: len(digits) // 2], digits[-(len(digits) // 2) :]
-    title = f"After {config.n} examples the last layer's squared error / d is {{error:.1e}}"
     gained = late.mean(), max(early.mean(), 0.1)  # a tenth of a digit at least
-    return axes, title, {"error": errors[-1] / config.d, "superlinear": gained}
+    worth = [equal_error_steps(errors[-1], STEPS[k], curves[k]) for k in ("Newton", "CG", "GD")]
+    title = f"The last of {config.layers} layers errs as Newton after {{worth[0]:.0f}} steps, CG "
+    return axes, title + "after {worth[1]:.0f}, GD after {worth[2]:.0f}", {
+        "error": errors[-1] / config.d, "superlinear": gained, "worth": worth}
 
 
 # What is similarity made of? Most of an error no method can avoid: t < d examples do not
-# determine w*. So a *null* keeps each layer's best Newton step and its deviations from that
-# step, but gives the deviations to other prompts, with random signs. Its score needs no
-# resemblance.
+# determine w*. So a *null* takes each layer's best Newton step and adds the deviations from
+# it that the layer shows on *another* prompt. Its score needs no resemblance.
 
-def null_similarity(layers, steps, ys):
-    """SimE (L,) of layers (L, P, n+1) with steps (L, P, n+1) when deviations are shuffled."""
-    generator = torch.Generator().manual_seed(0)
-    others = torch.randperm(len(ys), generator=generator)
-    signs = 2 * torch.randint(2, (len(ys), 1), generator=generator) - 1
-    shuffled = steps + (layers - steps)[:, others] * signs
-    return similarity_of_errors(shuffled, steps, ys).diagonal()
+def null_similarity(layers, newton, ys):
+    """SimE (L,) of layers (L, P, n+1) with their best Newton steps, deviations shuffled."""
+    steps = newton[similarity_of_errors(layers, newton, ys).argmax(1)]  # (L, P, n+1)
+    deviations = (layers - steps).roll(1, dims=1)  # prompts are independent: the next one's
+    return similarity_of_errors(steps + deviations, steps, ys).diagonal()
 
 
 def heatmaps(config, sheet):
-    """Fu, figures 3, 8, 10: similarity of errors; beside it what a null and t > d alone score."""
+    """Fu, figures 3, 8, 10: similarity of errors; what a null and t > d alone score."""
     s, d = study(config), config.d
-    axes = sheet("similarity to steps of Newton", "to steps of GD", "at the best step",
+    axes = sheet("to which step of Newton?", "to which step of GD?", "at the best step",
                  xlabel="layer", ylabel="step")
-    layers, newton = s.runs["Transformer"][1][1:], s.runs["Newton"][1]
-    alike = {name: similarity_of_errors(layers, s.runs[name][1], s.ys) for name in ("Newton", "GD")}
-    for ax, (name, z) in zip(axes, alike.items()):  # z (L, steps)
-        curve(axes[2], name, z.amax(1))
+    layers, newton = s.runs["Transformer"][1:], s.runs["Newton"]
+    alike = {k: similarity_of_errors(layers, s.runs[k], s.ys) for k in ("Newton", "GD")}
+    for ax, (name, similarity) in zip(axes, alike.items()):  # (L, steps)
+        curve(axes[2], name, similarity.amax(1))
         if not ax.collections:  # the first seed's
-            x, counts = range(1, len(layers) + 1), s.runs[name][0]
-            mesh = ax.pcolormesh(x, range(len(counts)), z.T, vmin=0.5, vmax=1)
-            ax.figure.colorbar(mesh, ax=ax)
-            ax.plot(x, z.argmax(1), "ow", markeredgecolor="black", label="best step")
-            ax.set_yticks(range(0, len(counts), 4), counts[::4])
-    null = null_similarity(layers, newton[alike["Newton"].argmax(1)], s.ys)
+            draw_heatmap(ax, similarity, STEPS[name])
+    null = null_similarity(layers, newton, s.ys)
     late = similarity_of_errors(layers[..., d:], newton[..., d:], s.ys[:, d:])
     curve(axes[2], "shuffled null", null)
     curve(axes[2], "Newton, t > d alone", late.amax(1), style=":")
     axes[2].set(ylabel="similarity of errors", ylim=(0, 1.03))
-    to_newton, to_gd = (z[-1].max() for z in alike.values())
-    title = "The last layer's similarity to Newton is {null[0]:.3f}; shuffled, it is {null[1]:.3f}"
+    title = "The last layer's similarity to Newton is {like_newton[0]:.3f}; shuffled, {null:.3f}"
     return axes, title, {
-        "null": (to_newton, null[-1]), "like_newton": (to_newton, to_gd),
-        "like_ols": similarity_of_errors(layers[-1:], s.least_squares, s.ys)[0, 0]}
+        "like_newton": [z[-1].max() for z in alike.values()], "null": null[-1],
+        "like_ols": (similarity_of_errors(layers[-1:], s.least_squares[None], s.ys)[0, 0], 0.975)}
+
+
+def draw_heatmap(ax, similarity, counts):
+    """Similarities (L, steps) as colours, and each layer's best step."""
+    x = range(1, len(similarity) + 1)
+    mesh = ax.pcolormesh(x, range(len(counts)), similarity.T, vmin=0.5, vmax=1)
+    ax.figure.colorbar(mesh, ax=ax, label="similarity of errors")
+    ax.plot(x, similarity.argmax(1), "ow", markeredgecolor="black", label="best step")
+    ax.set_yticks(range(0, len(counts), 4), counts[::4])
 
 
 # %% 9. A ruler that can say no: how many products with S is a layer worth?
@@ -691,12 +608,10 @@ def heatmaps(config, sheet):
 # same for all prompts. D steps make one of degree D - 1. So the polynomial that is best on
 # average errs at most as much as *every* such method of D steps, and least squares finds it,
 # for each D and t. D*(l) is the D whose best polynomial errs as layer l does: a network that
-# makes one such step a layer has D*(l) <= l. More than that no first-order method with fixed
-# sizes can do.
-#
-# Not covered is CG, which finds its sizes on the prompt: it is drawn beside. And Newton
-# starts slower than one: k steps reach lambda_max 2^(-k/2), the best D products
-# lambda_max/D^2, so that at first Newton's D* is but 2^(k/4).
+# makes one such step a layer has D*(l) <= l.
+
+# Not covered is CG, which finds its sizes on the prompt: it is drawn beside. And Newton's D* is
+# but 2^(k/4) at first: k steps reach lambda_max 2^(-k/2), the best D products lambda_max/D^2.
 
 MOST_PRODUCTS = 128
 
@@ -704,8 +619,7 @@ MOST_PRODUCTS = 128
 def polynomial_features(xs, ys, t):
     """x_q^T T_j(2 S/lambda_max - I) b/lambda_max after t examples, j < 128: (prompts, 128).
 
-    T_j are Chebyshev's polynomials: the same span as powers of S, but far better conditioned.
-    """
+    T_j are Chebyshev's polynomials: the span of powers of S, but far better conditioned."""
     X, x_q = xs[:, :t].double(), xs[:, t].double()
     eigenvalues, U = torch.linalg.eigh(X.mT @ X)
     largest = eigenvalues[:, -1:]
@@ -715,10 +629,7 @@ def polynomial_features(xs, ys, t):
 
 
 def polynomial_errors(config, t):
-    """Squared errors after t examples of the best methods of 0..128 products: (129,).
-
-    Measured on the prompts of `study`; the methods are fitted on others.
-    """
+    """Squared errors after t examples of the best methods of 0..128 products: (129,)."""
     fitting, s = fresh_prompts(config, 20_000, purpose=3), study(config)
     fit, test = (polynomial_features(*prompts, t) for prompts in (fitting, (s.xs, s.ys)))
     Q, R = torch.linalg.qr(fit)  # one orthonormal basis serves all degrees
@@ -732,13 +643,12 @@ def products(config, sheet):
     """New: D* of the layers, of Newton's steps and of CG's, after d and after n examples."""
     L, found = config.layers, {}
     axes = sheet(f"after d = {config.d} examples", f"after all {config.n}", yscale="log",
-                 xlabel="layer or step", ylabel="worth in products with S",
-                 ylim=(0.8, MOST_PRODUCTS))
+                 xlabel="layer or step", ylabel="products with S", ylim=(0.8, MOST_PRODUCTS))
     for ax, name, t in zip(axes, "dn", (config.d, config.n)):
-        x, best, curves = range(1, L + 1), polynomial_errors(config, t), learning_curves(config, t)
+        x, curves, best = range(1, L + 1), learning_curves(config, t), polynomial_errors(config, t)
         ax.fill_between(x, 0.8, x, color="#DDDDDD", label="one product a layer, or less")
         for label in ("Newton", "CG", "Transformer"):
-            worth = equal_error_steps(curves[label][1][1 : L + 1], range(len(best)), best)
+            worth = equal_error_steps(curves[label][1 : L + 1], range(len(best)), best)
             curve(ax, label, worth)
         found[f"products_{name}"] = worth[-1], L  # the Transformer's, which came last
     title = f"The last of {L} layers is worth {{products_d[0]:.0f}} products with S after d"
@@ -750,27 +660,28 @@ def products(config, sheet):
 # 21.) The network for kappa = 100 goes on from the one for kappa = 1, for `tuning` steps.
 
 def conditioning(config, sheet):
-    """Fu, figures 4, 16: errors at kappa 1 and 100, and the steps that err as the last layers."""
+    """Fu, figures 4, 16: errors at kappa 1 and 100; which steps err as the last layers do."""
     axes = sheet("kappa = 1", "kappa = 100", xlabel="layer or step", xscale="symlog", yscale="log",
                  ylabel=f"squared error / d after {config.n} examples", ylim=(1e-7, 2))
-    steps = []  # of Newton and of GD, at kappa 1, then at 100
+    worth = []  # in steps of Newton and of GD, at kappa 1, then at 100
     for ax, kappa in zip(axes, (1.0, 100.0)):
-        curves = draw_learning_curves(ax, dataclasses.replace(config, kappa=kappa), config.n)
-        last = curves["Transformer"][1][-1:]
-        steps += [equal_error_steps(last, *curves[name])[0] for name in ("Newton", "GD")]
-    title = "At kappa = 100 the last layer errs as Newton after {kappa_newton[0]:.0f} steps"
-    return axes, title + ", GD after {kappa_gd[0]:.0f}", {
-        "kappa_newton": (steps[2], 1.5 * steps[0]), "kappa_gd": (steps[3], 4 * max(steps[1], 1))}
+        curves = learning_curves(dataclasses.replace(config, kappa=kappa), config.n, ax)
+        last = curves["Transformer"][-1]
+        worth += [equal_error_steps(last, STEPS[k], curves[k]) for k in ("Newton", "GD")]
+    title = "The last layer errs as Newton after {kappas[0]:.0f} steps, GD after {kappas[1]:.0f}"
+    return axes, title + "; at kappa = 100 after {kappas[2]:.0f} and {kappas[3]:.0f}", {
+        "kappas": worth, "kappa_newton": (worth[2], 1.5 * worth[0]),
+        "kappa_gd": (worth[3], 4 * max(worth[1], 1))}
 
 
 # %% What Part I found
 # Three networks (README has the table) climb Newton's ladder as the paper's does: two steps a
-# layer, along its own points, while GD's steps double from layer to layer. CG, the best
-# first-order method, climbs 1.3 steps a step: it starts faster, and flattens where the layers
-# go on. By equal error the difference is smaller. After d examples the last layer errs less than
-# any first-order method of as many steps with fixed sizes; after n it ties. And similarity alone
-# says little: deviations taken from other prompts score nearly the same, and so does GD. So a
-# layer is as fast as some steps of Newton. That it *is* Newton does not follow from its rate.
+# layer, while GD's steps double from layer to layer. CG, the best first-order method, starts
+# faster, and flattens where the layers go on. By equal error the difference is smaller. After
+# d examples the last layer errs less than any first-order method of as many steps with fixed
+# sizes; after n it ties. Similarity alone says little: deviations taken from other prompts
+# score nearly the same, and so does GD. So a layer is as *fast* as some steps of Newton. That
+# it *is* Newton does not follow from its rate.
 
 
 # %% Part II, theory that runs. 11. Newton's weights, written by hand (Fu, theorem 5.1)
@@ -791,7 +702,7 @@ def relu_attention(h, heads, mask):
 
 
 def token_blocks(d):
-    """(d, 2d+1), (d, 2d+1), (1, 2d+1) that read T x, x, y of a token; transposed, they write."""
+    """(d, 2d+1), (d, 2d+1), (1, 2d+1): read T x, x, y of a token; transposed, they write."""
     return torch.eye(2 * d + 1, dtype=torch.float64).split([d, d, 1])
 
 
@@ -801,15 +712,13 @@ def linear_heads(Q, K, V):
 
 
 def newton_layer(d):
-    """The weights of one Newton step: tokens [T x ; x ; y] -> [(2T - T S T) x ; x ; y].
+    """The weights of a Newton step: tokens [T x ; x ; y] -> [(2T - T S T) x ; x ; y], float64.
 
-    S = sum_j x_j x_j^T over the examples. Attention does its part in the top block, then the MLP
-    h + down ReLU(up h) doubles that block. All float64: heads, two (Q (d, 2d+1), K (d, 2d+1),
-    V (2d+1, 2d+1)), and mlp = (up (2d, 2d+1), down (2d+1, 2d)).
-    """
+    S is the examples' sum of x_j x_j^T. Attention first, two heads (Q (d, 2d+1), K (d, 2d+1),
+    V (2d+1, 2d+1)); then mlp = (up (2d, 2d+1), down (2d+1, 2d)) adds down ReLU(up h) to h."""
     Tx, x, _ = token_blocks(d)
     heads = linear_heads(Q=Tx, K=x, V=-0.5 * Tx.mT @ Tx)
-    up = torch.cat([Tx, -Tx])  # the MLP adds ReLU(s) - ReLU(-s) = s to each entry s of the block
+    up = torch.cat([Tx, -Tx])  # ReLU(s) - ReLU(-s) = s is added to each entry s of the block
     return heads, (up, up.mT)
 
 
@@ -817,10 +726,8 @@ def construction(xs, ys, steps, alpha):
     """Newton in ReLU attention: answers to the last query after 0..steps, (steps+1, P)."""
     Tx, x, y = token_blocks(xs.shape[-1])
     heads, (up, down) = newton_layer(xs.shape[-1])
-    mask = torch.ones(xs.shape[1], xs.shape[1], dtype=torch.float64)  # [token, key]
-    mask[:, -1] = 0  # the query is no example
-    h = torch.cat([0 * xs, xs, ys[..., None]], dim=-1).double()  # (prompts, n+1, 2d+1)
-    h[:, -1, -1] = 0  # to be filled in
+    mask = (torch.arange(xs.shape[1]) < xs.shape[1] - 1).double()  # the query is no example
+    h = torch.cat([0 * xs, xs, (mask * ys)[..., None]], dim=-1)  # (prompts, n+1, 2d+1)
     h = relu_attention(h, linear_heads(Q=x, K=x, V=alpha * Tx.mT @ x), mask)
     answers = []
     for _ in range(steps + 1):
@@ -832,77 +739,58 @@ def construction(xs, ys, steps, alpha):
 
 
 def by_hand(config, sheet):
-    """Fu, theorem 5.1: hand-written weights against Newton, with the smallest alpha for all."""
+    """Fu, theorem 5.1: hand-written weights against Newton, with one alpha for all prompts."""
     axes = sheet("", xlabel="layer or step k", ylabel="squared error / d", yscale="log")
     xs, ys = fresh_prompts(config, 256, purpose=2)
-    steps, alpha = NEWTON_STEPS[-1], newton_start(prefix_moments(xs, ys)[0][:, -1]).min()
-    ours, hand = newton(xs, ys, steps, alpha)[..., -1], construction(xs, ys, steps, alpha)
+    S, b = (z[:, -1] for z in prefix_moments(xs, ys))  # after n examples
+    steps, alpha = STEPS["Newton"][-1], newton_start(S).min()
+    ours = (newton(S, b, steps, alpha) * xs[:, -1]).sum(-1)
+    hand = construction(xs, ys, steps, alpha)
     for name, answers, style in (("Newton", ours, "-"), ("Transformer by hand", hand, " ")):
         errors = (answers - ys[:, -1]).square().mean(1) / config.d
-        curve(axes[0], name, errors, NEWTON_STEPS, style)
+        curve(axes[0], name, errors, STEPS["Newton"], style)
     apart = (hand - ours).abs().max() / ys.square().mean().sqrt()
-    title = "Attention with hand-written weights is Newton's method, to {by_hand:.0e}"
-    return axes, title, {"by_hand": apart}
+    title = "Attention with hand-written weights is Newton's method, to {by_hand[0]:.0e}"
+    return axes, title, {"by_hand": (apart, 1e-6)}
 
 
 # %% 12. Linear attention is preconditioned gradient descent (Ahn et al., arXiv 2306.00297)
-# Without softmax, what a trained layer does can be read off its weights. A prompt is a matrix
-# Z, one token a column; I_0 = diag(I_n, 0): the query is no example; e = (0, ..., 0, 1):
-#     Z = [ x_1 ... x_n  x_q ]      Z <- Z + (1/n) P Z I_0 (Z^T Q Z)
-#         [ y_1 ... y_n   0  ]      P = e e^T      Q = -blockdiag(A, 0)
-# Only the last row changes, y_j <- y_j - (1/n) sum_{i<=n} y_i x_i^T A x_j. It holds y_j -
-# w.x_j, with w = 0 at first, and -w.x_q under the query. So a layer adds A^T r to w, r =
-# (1/n) sum_i (y_i - w.x_i) x_i being minus the gradient of R(w) = (1/2n) sum_i (w.x_i -
-# y_i)^2: for a symmetric A, w <- w - A grad R(w) (lemma 1). What is left to learn is A. For
-# one layer and w ~ N(0, I) the problem is convex, the loss quadratic in A: with endless
-# examples the best A is a Newton step, Sigma^-1; with few it moves less along small
-# eigenvalues (theorem 1).
-
-def linear_attention(A, xs, ys):
-    """One layer's answers (P,) to the last query, minus the last entry of the new Z; A (d, d)."""
-    examples, queries = xs[:, :-1], xs[:, -1]
-    b = times(examples.mT, ys[:, :-1]) / examples.shape[1]
-    return (b @ A * queries).sum(-1)
-
+# Without softmax, what a trained layer does can be read off its weights. For a query x_q a
+# layer that compares x's and writes into the row of y's answers, from n examples,
+#     yhat = (1/n) sum_i y_i x_i^T A x_q = b^T A x_q / n.
+# Now b/n is minus the gradient at w = 0 of R(w) = (1/2n) sum_i (w.x_i - y_i)^2. So the layer
+# is one step of gradient descent on R, preconditioned by A, and more layers are more steps
+# (lemma 1). What is left to learn is A. For one layer and w ~ N(0, I) the loss is quadratic in
+# A: training is a least-squares fit. With endless examples the best A is a Newton step,
+# Sigma^-1; with few it moves less along small eigenvalues (theorem 1).
 
 def optimal_preconditioner(Sigma, n):
     """The A (d, d) of least expected squared error for one layer (Ahn, theorem 1).
 
-    For n examples and a query x ~ N(0, Sigma), w ~ N(0, I). It has Sigma's eigenvectors.
-    """
-    # The loss is quadratic in A. E S^2 = n (n+1) Sigma^2 + n tr(Sigma) Sigma makes its minimum,
-    # for each eigenvalue lambda of Sigma, 1 / ((n+1)/n lambda + tr(Sigma)/n).
+    For n examples and a query x ~ N(0, Sigma), w ~ N(0, I). It has Sigma's eigenvectors."""
+    # E S^2 = n (n+1) Sigma^2 + n tr(Sigma) Sigma puts the minimum of the loss, for each
+    # eigenvalue lambda of Sigma, at 1 / ((n+1)/n lambda + tr(Sigma)/n).
     eigenvalues, U = torch.linalg.eigh(Sigma)
     return U / ((n + 1) / n * eigenvalues + eigenvalues.sum() / n) @ U.mT
 
 
-def train_preconditioner(root, n, steps, seed):
-    """A (d, d), trained by Muon on n examples x = root N(0, I), w ~ N(0, I)."""
-    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
-    A = (0.1 * draw(root.shape)).requires_grad_()
-    optimizer = Muon([A], lr=0.06, momentum=0.8)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.06 * (1 - step / steps)
-        xs = draw(1000, n + 1, len(root)) @ root.mT
-        ys = times(xs, draw(1000, len(root)))
-        optimizer.zero_grad()
-        F.mse_loss(linear_attention(A, xs, ys), ys[:, -1]).backward()
-        optimizer.step()
-    return A.detach()
-
-
 def preconditioners(config, sheet):
     """Ahn, theorem 1, in the sizes of Ahn's figures: a trained layer's A, entry by entry."""
-    d, n, norm = 5, 20, torch.linalg.matrix_norm
-    U = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(config.seed))).Q
-    spectrum = torch.tensor([1, 1, 1 / 4, 1 / 16, 1])
+    d, n, generator = 5, 20, torch.Generator().manual_seed(config.seed)
+    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+    U, spectrum = torch.linalg.qr(draw(d, d)).Q, torch.tensor([1, 1, 1 / 4, 1 / 16, 1])
     closed = optimal_preconditioner((U * spectrum) @ U.mT, n)
-    trained = train_preconditioner((U * spectrum.sqrt()) @ U.mT, n, 1000, config.seed)
-    axes = sheet("entries of A", xlabel="in theorem 1", ylabel="as trained")
-    axes[0].axline((0, 0), slope=1, color="#666666", label="equal")
-    curve(axes[0], "Transformer", trained.flatten(), closed.flatten(), " ")
-    title = "A layer of linear attention learns the predicted preconditioner, to {ahn_one:.1%}"
-    return axes, title, {"ahn_one": norm(trained - closed) / norm(closed)}
+    xs = draw(200_000, n + 1, d) * spectrum.sqrt() @ U.mT
+    ys = times(xs, draw(200_000, d))
+    # The answer is b^T A x_q / n, linear in A: entry A_jk has the feature b_j x_qk / n.
+    b = times(xs[:, :-1].mT, ys[:, :-1]) / n
+    features = (b[:, :, None] * xs[:, -1, None]).flatten(1)  # (prompts, d^2)
+    trained = least_squares_readout(features, ys[:, -1]).unflatten(0, (d, d))
+    (ax,) = axes = sheet("entries of A", xlabel="in theorem 1", ylabel="as trained")
+    ax.axline((0, 0), slope=1, color="#666666", label="equal")
+    curve(ax, "Transformer", trained.flatten(), closed.flatten(), " ")
+    title = "A layer of linear attention learns the predicted preconditioner, to {ahn_one[0]:.1%}"
+    return axes, title, {"ahn_one": ((trained - closed).norm() / closed.norm(), 0.03)}
 
 
 # %% 13. Softmax attention learns in stages (Huang et al., arXiv 2310.05249)
@@ -911,23 +799,21 @@ def preconditioners(config, sheet):
 #     yhat = sum_i softmax_i(x_i^T Q x_q) y_i = sum_n a_n w.v_n     a_n: attention on feature n
 # For a query x_q = v_k, and E w w^T = I, the loss is 1/2 [(1 - a_k)^2 + sum_{n != k} a_n^2].
 # Its gradient moves A_k = Q[k,k] and B_{k,n} = Q[n,k]. If all p_k are equal, the A_k grow
-# together, past log K, where one right feature balances K wrong. With p_1 = 1/2 feature 1
-# comes at once, but half of every other query's attention rests on it, too: first B_{k,1}
-# falls, then A_k grows.
+# together, past log K, where one right feature balances K wrong. With p_1 = 1/2 feature 1 is
+# first; half of every other query's attention rests on it: B_{k,1} falls, then A_k grows.
 
 def train_attention(K, p_1, steps, seed, eta=2.0):
     """Gradient descent on Q, on fresh prompts of N = 10 K examples, queries weighted by p_k.
 
-    Returns (2, steps): the loss of queries for feature 1; the mean loss of the others.
-    """
+    Returns (2, steps): the loss of queries for feature 1; the mean loss of the others."""
     p = torch.tensor([p_1] + [(1 - p_1) / (K - 1)] * (K - 1))
     generator, path = torch.Generator().manual_seed(seed), []
     Q = torch.zeros(K, K, requires_grad=True)
     for _ in range(steps):
         tokens = torch.multinomial(p.expand(32, K), 10 * K, replacement=True, generator=generator)
         counts = F.one_hot(tokens, K).sum(1)
-        attention = (counts.log()[:, :, None] + Q).softmax(1)  # [prompt, n, k]; log 0: not there
-        losses = (attention - torch.eye(K)).square().sum(1).mean(0) / 2  # (K,), query by query
+        attention = (counts.log()[:, :, None] + Q).softmax(1)  # [prompt, n, k]; e^log 0 = 0
+        losses = (attention - torch.eye(K)).square().sum(1).mean(0) / 2  # (K,), one a query
         (gradient,) = torch.autograd.grad(p @ losses, Q)
         Q.data -= eta * gradient
         path.append([losses[0].item(), losses[1:].mean().item()])
@@ -940,68 +826,60 @@ def stages(config, sheet):
                  ylabel="loss")
     for ax, p_1 in zip(axes, (1 / 16, 1 / 2)):
         path = train_attention(16, p_1, 3000, config.seed)
-        ax.loglog(path[0], color="#0072B2", label="queries for feature 1")
-        ax.loglog(path[1], color="#D55E00", label="queries for the others")
+        ax.loglog(path[0], color="black", label="queries for feature 1")
+        ax.loglog(path[1], color="#8C510A", label="queries for the others")
     first, others = (path > 0.1 * path[:, :1]).sum(1)  # steps above a tenth of the start
-    title = "With a dominant feature the others are learned {huang:.0f} times later than it"
-    return axes, title, {"huang": others / first}
+    title = "With a dominant feature the others are learned {huang[0]:.0f} times later than it"
+    return axes, title, {"huang": (others / first, 5)}
 
 
 # %% Part III, machinery. Nothing to learn here. 14. The claims, in the order of the story
-# A claim is an inequality: a measured number against one to beat, fixed here before anything
-# is measured, or measured beside it: a control. It holds in so many seeds. In brackets: the
-# paper's number. On an untrained network (--steps 0 --tuning 0) no claim about layers may
-# hold.
+# A claim compares what was measured with what it must beat: a control, or a number fixed in
+# advance. In brackets: the paper's number. An untrained network passes no claim about layers.
 
-CLAIMS = {  # key: (what is said, the relation that must hold, the bound if it is fixed)
-    "superlinear": ("fig. 2: later layers gain more digits than earlier", ">", None),
-    "newton_line": ("fig. 3: Newton's steps: R^2 of a line, an exponential", ">", None),
-    "newton_rate": ("fig. 3: Newton steps a layer (2.93), a step of CG", ">", None),
-    "equal_rate": ("the same by equal error after n examples", ">", None),
-    "gd_exponential": ("fig. 3: GD's steps: R^2 of an exponential, a line", ">", None),
-    "like_newton": ("tab. 1: similarity to Newton (.991), to GD (.957)", ">", None),
-    "like_ols": ("last layer's similarity to least squares", ">", 0.975),
-    "products_d": ("products with S it is worth, after d; layers", ">", None),
-    "products_n": ("the same after n examples", ">", None),
-    "kappa_newton": ("fig. 4: Newton steps at kappa 100, 1.5 x those at 1", "<", None),
-    "kappa_gd": ("fig. 4: GD steps at kappa 100, 4 x those at 1", ">", None),
-    "by_hand": ("thm. 5.1: Newton in hand-written attention, to", "<", 1e-6),
-    "ahn_one": ("Ahn, thm. 1: one layer is the closed form, to", "<", 0.03),
-    "huang": ("Huang: other features take longer than feature 1, x", ">", 5),
-}
+CLAIMS = {  # key: (what is said, the relation that must hold)
+    "superlinear": ("fig. 2: later layers gain more digits than earlier", ">"),
+    "newton_line": ("fig. 3: Newton's steps: R^2 of a line, an exponential", ">"),
+    "newton_rate": ("fig. 3: Newton steps a layer (2.93), a step of CG", ">"),
+    "equal_rate": ("the same by equal error after n examples", ">"),
+    "gd_exponential": ("fig. 3: GD's steps: R^2 of an exponential, a line", ">"),
+    "like_newton": ("tab. 1: similarity to Newton (.991), to GD (.957)", ">"),
+    "like_ols": ("last layer's similarity to least squares", ">"),
+    "products_d": ("products with S it is worth, after d; layers", ">"),
+    "products_n": ("the same after n examples", ">"),
+    "kappa_newton": ("fig. 4: Newton steps at kappa 100, 1.5 x those at 1", "<"),
+    "kappa_gd": ("fig. 4: GD steps at kappa 100, 4 x those at 1", ">"),
+    "by_hand": ("thm. 5.1: Newton in hand-written attention, to", "<"),
+    "ahn_one": ("Ahn, thm. 1: one layer is the closed form, to", "<"),
+    "huang": ("Huang: other features take longer than feature 1, x", ">")}
 
 
 def table(found):
-    """The claims among found, {key: [each seed's measurement]}: lines of Markdown, and a record.
-
-    The record: {claim: its values, what they must beat, in how many seeds it holds}.
-    """
+    """Lines of Markdown, {claim: in how many seeds it holds}; found: {key: a pair a seed}."""
     lines = ["| claim (the paper's number) | measured, seed by seed | holds in |", "|---|---|---|"]
-    record = {}
-    for key, (sentence, relation, bound) in CLAIMS.items():
+    holds = {}
+    for key, (sentence, relation) in CLAIMS.items():
         if key in found:
-            pairs = [z if bound is None else (z, bound) for z in found[key]]
-            holds = sum(a > b if relation == ">" else a < b for a, b in pairs)
-            record[key] = dict(zip(("values", "bounds"), zip(*pairs)), holds=holds)
-            texts = [[f"{z:.3g}" for z in row] for row in zip(*pairs)]
+            holds[key] = sum(a > b if relation == ">" else a < b for a, b in found[key])
+            texts = [[f"{z:.3g}" for z in row] for row in zip(*found[key])]
             left, right = (" ".join(z if len(set(z)) > 1 else z[:1]) for z in texts)
-            lines.append(f"| {sentence} | {left} {relation} {right} | {holds} of {len(pairs)} |")
-    return lines, record
+            score = f"{left} {relation} {right} | {holds[key]} of {len(found[key])}"
+            lines.append(f"| {sentence} | {score} |")
+    return lines, holds
 
 
 # %% 15. Drawing: one learner, one colour and mark, in every picture
 
 LOOK = {"Transformer": ("#D55E00", "o"), "Newton": ("#0072B2", "s"), "GD": ("#009E73", "^"),
         "CG": ("#CC79A7", "D"), "Fu's": ("#666666", "x"), "shuffled": ("#666666", "x")}
-STYLE = {"font.size": 10, "axes.grid": True, "axes.spines.top": False, "grid.alpha": 0.25,
-         "axes.spines.right": False, "lines.markersize": 4, "lines.linewidth": 1.2}
+STYLE = {"axes.grid": True, "grid.alpha": 0.25, "lines.markersize": 4, "lines.linewidth": 1.2}
 
 
-@rc_context(STYLE)
+@matplotlib.rc_context(STYLE)
 def make_sheet(*titles, **settings):
-    """The panels of an empty picture, one for each title; settings are those of every panel."""
-    size = max(7.5, 4.2 * len(titles) + 0.8), 4.2  # inches
-    picture = Figure(size, dpi=130, layout="constrained")
+    """The panels of an empty picture, one a title; settings are those of every panel."""
+    size = 4.5 * max(len(titles), 2), 4.2  # inches
+    picture = matplotlib.figure.Figure(size, dpi=130, layout="constrained")
     axes = picture.subplots(1, len(titles), squeeze=False)[0]
     for ax, title in zip(axes, titles):
         ax.set(title=title, **settings)
@@ -1018,8 +896,7 @@ def curve(ax, label, y, x=None, style="-"):
 def draw(axes, title):
     """The picture of these panels, PNG bytes. Its one legend lies below and hides nothing."""
     buffer, picture = io.BytesIO(), axes[0].figure
-    pairs = [zip(*ax.get_legend_handles_labels()[::-1]) for ax in axes]
-    entries = {label: handle for pair in pairs for label, handle in pair}
+    entries = {z.get_label(): z for ax in axes for z in ax.get_legend_handles_labels()[0]}
     picture.legend(entries.values(), entries, loc="outside lower center", ncols=5, frameon=False)
     picture.suptitle(title)
     picture.savefig(buffer, format="png")
@@ -1029,7 +906,7 @@ def draw(axes, title):
 # %% 16. Checkpoints
 
 def write_file(path, content):
-    """Write bytes so that a kill leaves the old file or the new one. OSError: one line."""
+    """Write bytes; a kill leaves the old file or the new one. OSError, in one line."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1040,52 +917,41 @@ def write_file(path, content):
         raise OSError(f"cannot write {path}: {error.strerror}") from None
 
 
-def form(z):
-    """What a checkpoint is made of: keys, types, shapes, and whether all is finite."""
-    if isinstance(z, torch.Tensor):
-        return z.dtype, z.shape, bool(z.isfinite().all())
-    if isinstance(z, dict):
-        return {key: form(value) for key, value in z.items()}
-    return [form(value) for value in z] if isinstance(z, (list, tuple)) else type(z)
-
-
 class Checkpoint:
-    """The file of one training; its name has a hash of all that decides the weights, code too."""
+    """The file of one training; its name hashes all that decides the weights, code too."""
 
     def __init__(self, config, model, optimizers, generator):
-        self.parts, self.generator, self.steps = [model, *optimizers], generator, config.steps
+        self.parts, self.generator = [model, *optimizers], generator
         # Code is known by what it does: rehearse the first and the last step on a copy.
-        other, twin = copy.deepcopy(model), torch.Generator(generator.device).manual_seed(0)
-        its_optimizers = make_optimizers(other, config)
+        other, *optimizers = copy.deepcopy(self.parts)
+        twin = torch.Generator(generator.device).manual_seed(0)
         for step in (0, config.steps - 1):
-            training_step(other, its_optimizers, config, step, twin)
-        self.form = form(self.content(1, [other, *its_optimizers]))
+            training_step(other, optimizers, config, step, twin)
         sums = [z.detach().double().sum().item() for m in (model, other) for z in m.parameters()]
         settings = {k: v for k, v in vars(config).items() if k not in NOT_OF_WEIGHTS}
         all_of_it = settings, sums, torch.__version__, torch.get_num_threads(), generator.device
         key = hashlib.sha256(repr(all_of_it).encode()).hexdigest()[:10]
         self.path = Path(config.checkpoints) / f"d{config.d}-seed{config.seed}-{key}.pt"
 
-    def content(self, done, parts):
-        """What a file holds: steps done; network and optimisers; the generator of prompts."""
-        return {"done": done, "parts": [part.state_dict() for part in parts],
-                "generator": self.generator.get_state()}
+    def seal(self, content):
+        """The hash behind a file's content, 32 bytes: it is whole, and this training's."""
+        return hashlib.sha256(self.path.name.encode() + content).digest()
 
     def save(self, done):
-        """Write where the training stands."""
-        torch.save(self.content(done, self.parts), buffer := io.BytesIO())
-        write_file(self.path, buffer.getvalue())
+        """Write where the training stands: torch.load reads it."""
+        state = {"done": done, "parts": [part.state_dict() for part in self.parts],
+                 "generator": self.generator.get_state()}
+        torch.save(state, buffer := io.BytesIO())
+        write_file(self.path, buffer.getvalue() + self.seal(buffer.getvalue()))
 
     def restore(self):
-        """Go on where the training stood: returns the steps done. ValueError: a damaged file."""
+        """Go on where the training stood: the steps done. ValueError: a damaged file."""
         if not self.path.exists():
             return 0
-        try:
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            if form(saved) != self.form or not 0 < saved["done"] <= self.steps:
-                raise ValueError("it does not fit")  # no assert: python -O would let it pass
-        except Exception:  # torch raises many kinds
-            raise ValueError(f"{self.path} is damaged: delete it") from None
+        content = self.path.read_bytes()
+        if content[-32:] != self.seal(content[:-32]):
+            raise ValueError(f"{self.path} is damaged: delete it")
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         for part, state in zip(self.parts, saved["parts"]):
             part.load_state_dict(state)
         self.generator.set_state(saved["generator"])
@@ -1096,50 +962,46 @@ class Checkpoint:
 
 EXPERIMENTS = {f.__name__: f for f in (by_hand, rates, convergence, heatmaps, products,
                                        conditioning, preconditioners, stages)}
+SMALL = dict(d=5, n=10, batch=64, curriculum=0)
 PRESETS = {  # name: (the first line that a run prints, settings)
     "default": ("the paper's problem, d = 20 and n = 40, in a smaller network", {}),
-    "quick": ("a first look at d = 5; its numbers are not to be trusted", dict(
-        d=5, n=10, width=32, layers=6, steps=1500, batch=64, curriculum=0, prompts=256,
-        figures="by_hand,rates,products", out="figures/quick")),
-    "small": ("d = 5, n = 10, where conjugate gradient, too, looks like Newton", dict(
-        d=5, n=10, width=40, steps=5000, batch=64, curriculum=0, prompts=2048,
-        out="figures/small")),
+    "quick": ("a first look at d = 5; its numbers are not to be trusted", SMALL | dict(
+        width=32, layers=6, prompts=256, figures="by_hand,rates,products", out="figures/quick")),
+    "small": ("d = 5, n = 10, where conjugate gradient, too, looks like Newton", SMALL | dict(
+        width=40, steps=5000, prompts=2048, out="figures/small")),
     "long": ("the paper's problem, a longer training", dict(steps=10_000, out="figures/long")),
     "paper": ("the paper's problem, a network of the paper's size: for CUDA", dict(
-        layers=12, width=256, heads=8, steps=12_000, batch=256, out="figures/paper")),
-}
+        layers=12, width=256, heads=8, steps=12_000, batch=256, out="figures/paper"))}
 
 
 def check(config):
     """Raise ValueError, in one line, for a configuration that cannot work."""
     for field in dataclasses.fields(config):
         value, allowed = getattr(config, field.name), field.metadata["allowed"]
-        if isinstance(value, str) and allowed and value not in allowed:
-            raise ValueError(f"--{field.name}: {' or '.join(allowed)}, not {value!r}")
-        if not isinstance(value, str) and not allowed[0] <= value <= allowed[1]:
-            raise ValueError(f"--{field.name}: {allowed[0]} to {allowed[1]}, not {value}")
-    known = {"all", *EXPERIMENTS}.issuperset(config.figures.split(","))
+        word = isinstance(value, str)
+        if allowed and not (value in allowed if word else allowed[0] <= value <= allowed[1]):
+            raise ValueError(f"--{field.name} {value}: not within {allowed}")
     grown = config.curriculum * (config.d - 2)
-    for good, message in (
-        (known, f"--figures: all, or some of {','.join(EXPERIMENTS)}"),
-        (config.n >= config.d + 2, "--n: at least d + 2"),
-        (config.width % config.heads == 0, "--heads: a divisor of --width"),
-        (config.steps > grown or not config.steps, f"--steps: 0, or above --curriculum's {grown}"),
-        (config.device != "cuda" or torch.cuda.is_available(), "--device cuda: none here"),
-    ):
-        if not good:
-            raise ValueError(message)
+    unknown = set(config.figures.split(",")) - {"all", *EXPERIMENTS}
+    for wrong, message in (
+        (unknown, f"figures: all, or some of {','.join(EXPERIMENTS)}"),
+        (config.n < config.d + 2, "n: at least d + 2"),
+        (config.width % config.heads, "heads: a divisor of the width"),
+        (0 < config.steps <= grown, f"steps: 0, or above {grown}, where the curriculum ends"),
+        (config.device == "cuda" and not torch.cuda.is_available(), "device cuda: none here")):
+        if wrong:
+            raise ValueError(f"--{message}")
 
 
 def parse(arguments):
     """Command line -> (the preset's line, Config). Bad input: one line and exit status 2."""
-    parser = argparse.ArgumentParser("icl_newton.py", usage=argparse.SUPPRESS, allow_abbrev=False)
+    parser = argparse.ArgumentParser("icl_newton.py", usage=argparse.SUPPRESS, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
     presets = "; ".join(f"{name}: {line}" for name, (line, _) in PRESETS.items())
     parser.add_argument("--preset", choices=PRESETS, default="default", help=presets)
     for field in dataclasses.fields(Config):
         text = f"{field.metadata['text']} (default: {field.default})"
-        options = dict(type=field.type, default=argparse.SUPPRESS, help=text)
-        parser.add_argument(f"--{field.name}", **options)
+        parser.add_argument(f"--{field.name}", type=field.type, help=text)
     given = vars(parser.parse_args(arguments))
     line, settings = PRESETS[given.pop("preset")]
     try:
@@ -1167,16 +1029,16 @@ def run(config):
         found |= measured
         write_file(out / f"{name}.png", draw(axes, titles[name]))
         print(f"{time.perf_counter() - start:5.0f} s  {name}: {titles[name]}", flush=True)
-    lines, results = table(found)
-    record = dict(settings=vars(config), titles=titles, claims=results, measured=found)
+    lines, holds = table(found)
+    record = dict(settings=vars(config), titles=titles, holds=holds, measured=found)
     write_file(out / "results.json", json.dumps(record, indent=1).encode())
     write_file(out / "table.md", "\n".join(lines).encode())
     print("", *lines, "", *titles.values(), sep="\n")
-    return results
+    return holds
 
 
 def main(arguments=None):
-    """Run the command line; the exit status: 0, 1 (a run failed), 2 (bad input) or 130 (Ctrl-C)."""
+    """Run the command line. Exit status: 0, 1 (a run failed), 2 (bad input), 130 (Ctrl-C)."""
     line, config = parse(sys.argv[1:] if arguments is None else arguments)
     print(f"icl_newton: {line}")
     try:
