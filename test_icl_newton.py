@@ -41,7 +41,8 @@ def pytest_terminal_summary(terminalreporter):
             line = f"  ex{number:02} {name:<24}{score:>3} of {points:<3} {said or ''}"
             terminalreporter.write_line(line.rstrip())
             got, most = got + score, most + points
-    terminalreporter.write_line(f"  {got} of {most} points (to repeat: ICL_SEED={SEED})")
+    if most:
+        terminalreporter.write_line(f"  {got} of {most} points (to repeat: ICL_SEED={SEED})")
 
 
 @pytest.fixture(autouse=True)
