@@ -8,29 +8,30 @@ Do Transformers that learn linear regression in context run Newton's method, lay
 Give a Transformer a prompt x_1, y_1, ..., x_{n+1} whose answers come from a hidden rule y =
 w*.x, new in every prompt. Trained on enough of them, it solves a *new* regression in one
 forward pass. By which algorithm? Fu, Chen, Jia and Sharan (arXiv 2310.17086, "Fu") say: each
-layer is worth a few steps of Iterative Newton; gradient descent (GD) would need exponentially
-many. This file trains such a network, reads a prediction out of every layer, lays it beside
-Newton, GD and conjugate gradient (CG), and asks whether the evidence could have said no.
+layer is worth a few steps of Iterative Newton; of gradient descent (GD) it would take a number
+that doubles with every layer. This file trains such a network, reads a prediction out of each
+layer, lays it beside Newton, GD and conjugate gradient (CG), and asks whether the evidence
+could have said no.
 
-    python icl_newton.py                    eight figures, results, a table of claims
-    python icl_newton.py --preset quick     a first look in half a minute
-    python icl_newton.py --figures rates    one figure; --help lists every setting
+    python icl_newton.py                   eight figures, a table of claims
+    python icl_newton.py --preset quick    a first look; --help lists every setting
 
 One idea carries the file: **every learner is a trajectory of predictions** (steps, prompts,
-n+1): a method's steps, a network's layers. The same comparisons serve them all.
+n+1): a method's steps, a network's layers. So one ruler measures them all.
 
     Part I     the paper's claim: prompts, four learners, the network, two rulers, the figures
-    Part II    theory that runs: Newton written by hand; linear attention; softmax attention
+    Part II    theory that runs: Newton by hand; linear attention; softmax attention
     Part III   machinery: claims, drawing, checkpoints, command line. Nothing to learn there.
 
-Unlike Fu's: 8 layers of width 64, not 12 of 256; thousands of steps of Muon, not 500,000 of
-Adam; GD's step size 1/lambda_max(S), not 0.01; SiLU, not GELU; positions start as sinusoids.
+Unlike Fu's: 8 layers, not 12, of width 64, not 256; Muon, not Adam; 1/lambda_max(S) for GD's
+step size, not 0.01; SiLU, not GELU; positions start as sinusoids.
 
-Notation (Fu's). Shapes: prompts first. P prompts, L layers, T tokens, W wide.
+Notation (Fu's). P prompts, L layers, T tokens, W the width of the network.
     d, n          dimension of x; examples in a prompt. The (n+1)-th x is the last query.
-    t = 0..n      prefix length: every prompt asks n+1 questions, after 0, 1, ..., n examples
+    t = 0..n      length of a prefix: a prompt asks n+1 questions, after 0, ..., n examples
     Sigma, kappa  covariance of x and its condition number (1: isotropic)
-    S, b          X^T X = sum_{i<=t} x_i x_i^T and X^T y of a prefix
+    X, y          a prefix: its rows x_1, ..., x_t, and their answers
+    S, b          X^T X = sum_i x_i x_i^T, and X^T y = sum_i y_i x_i
     M             Newton's estimate of the inverse of S
 """
 
@@ -58,41 +59,41 @@ from torch import nn
 
 
 def setting(default, text, *allowed):
-    """A field of Config: default, help text, and what is allowed: least and most, or words."""
+    """A field of Config: its default, help, and what is allowed: least and most, or words."""
     return dataclasses.field(default=default, metadata={"text": text, "allowed": allowed})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every setting; its fields are the flags. ValueError for one that cannot work."""
+    """Every setting, a flag each. ValueError for one that cannot work."""
 
     d: int = setting(20, "dimension of x and of the hidden rule w*", 2, 256)
     n: int = setting(40, "examples in a prompt, at least d + 2", 4, 1024)
-    kappa: float = setting(1.0, "condition number of the covariance of x (Fu: 1, 100)", 1, 1e6)
-    noise: float = setting(0.0, "standard deviation of noise on y (Fu: 0, 0.1)", 0, 1e3)
+    kappa: float = setting(1.0, "condition number of Sigma (Fu: 1, 100)", 1, 1e6)
+    noise: float = setting(0.0, "standard deviation of noise on y (Fu: 0, .1)", 0, 1e3)
     layers: int = setting(8, "layers of the Transformer", 4, 64)
     width: int = setting(64, "width of its residual stream", 2, 4096)
-    heads: int = setting(2, "attention heads per layer; must divide the width", 1, 64)
+    heads: int = setting(2, "attention heads; a divisor of the width", 1, 64)
     recipe: str = setting("muon", "muon; or fu: Adam at 1e-4, squared error", "muon", "fu")
-    steps: int = setting(1500, "training steps; 0: an untrained network", 0, 10**7)
-    tuning: int = setting(300, "further steps at kappa, if it is above 1", 0, 10**7)
+    steps: int = setting(1500, "training steps; 0, and tuning 0: untrained", 0, 10**7)
     batch: int = setting(96, "fresh prompts per step", 1, 65_536)
     muon_lr: float = setting(0.014, "Muon's step size, for the layers' matrices", 1e-9, 1)
     curriculum: int = setting(12, "steps per added dimension; 0: all at once", 0, 10**6)
     seed: int = setting(1, "of weights and prompts", 0, 10**9)
-    # Those above decide the weights of a network, those below do not.
-    seeds: int = setting(1, "how many networks to compare, from `seed` on", 1, 100)
-    prompts: int = setting(640, "prompts to compare on; readouts take 4 times as many", 2, 65_536)
-    figures: str = setting("all", "which figures to make, by name, separated by commas")
+    # Those above decide the weights of a network, these do not (tuning becomes its steps).
+    tuning: int = setting(300, "further steps at kappa, if it is above 1", 0, 10**7)
+    seeds: int = setting(1, "how many networks, from `seed` on", 1, 100)
+    prompts: int = setting(640, "prompts to compare on; readouts: 4 times as many", 2, 65_536)
+    figures: str = setting("all", "which figures, separated by commas")
     device: str = setting("auto", "auto: CUDA where there is one", "auto", "cpu", "cuda")
     out: str = setting("figures", "folder for pictures and results")
-    checkpoints: str = setting("checkpoints", "folder for networks, trained and in training")
+    checkpoints: str = setting("checkpoints", "folder for networks")
 
     def __post_init__(self):
         check(self)  # section 17
 
 
-NOT_OF_WEIGHTS = "seeds", "prompts", "figures", "device", "out", "checkpoints"
+NOT_OF_WEIGHTS = "tuning", "seeds", "prompts", "figures", "device", "out", "checkpoints"
 
 
 # %% 2. Prompts (Fu, section 3)
@@ -103,7 +104,7 @@ def sample_prompts(prompts, n, d, kappa=1.0, noise=0.0, generator=None):
     """Prompts xs (prompts, n+1, d), ys (prompts, n+1), float32, on the generator's device.
 
     kappa > 1: each prompt has its own covariance, of trace d, in a uniformly random basis; d//2
-    eigenvalues are kappa times the others (Fu, section 4.3). noise: a standard deviation."""
+    eigenvalues are kappa times the others (Fu, section 4.3)."""
     device = generator.device if generator else None
     draw = functools.partial(torch.randn, generator=generator, device=device)
     xs = draw(prompts, n + 1, d)
@@ -124,34 +125,36 @@ def fresh_prompts(config, count, purpose):
 
 # %% 3. Four classical learners (Fu, section 3.1)
 # They see a prefix only through S = X^T X and b = X^T y, all prefixes at once, in float64.
-# Noise of variance s^2 turns the best predictor's S into S + s^2 I: that is `ridge`.
-#     least squares       w = pinv(S) b               the answer; of minimum norm while t < d
-#     gradient descent    w <- w - eta (S w - b)      O(kappa log 1/eps) steps; kappa of S
-#     Iterative Newton    M <- 2M - M S M,  w = M b   O(log kappa + log log 1/eps) steps
-#     conjugate gradient  the best w in span(b, S b, S^2 b, ...): the best of all methods that
-#                         multiply by S once a step; exact after d steps. It is our *control*:
-#                         what it does, too, is no sign of Newton.
+# With noise of variance s^2 the best predictor is the w of (S + s^2 I) w = b: `ridge` is s^2.
+#     least squares     w = pinv(S) b              the answer; of minimum norm while t < d
+#     gradient descent  w <- w - eta (S w - b)     O(kappa(S) log 1/eps) steps
+#     Iterative Newton  M <- 2M - M S M, w = M b   O(log kappa(S) + log log 1/eps) steps
+#     conjugate gradient: the least error on the examples that a method can reach which multiplies
+#         by S once a step; 0 after d steps. It is our *control*: whatever CG does, too, is no
+#         evidence for Newton.
 
 # Newton looks for the inverse of S. Let R_k = I - S M_k be what is missing from it. Then
 #     R_{k+1} = I - S (2 M_k - M_k S M_k) = (I - S M_k)^2 = R_k^2,
-# so 10^-3 becomes 10^-6, then 10^-12: digits double. Without noise w* - w_k = R_k w*, as M_k
-# and S commute. Along an eigenvector of eigenvalue lambda, k steps of Newton, M_0 = alpha S,
-# leave a share (1 - alpha lambda^2)^(2^k) of the error, m steps of GD (1 - eta lambda)^m.
+# so 10^-3 becomes 10^-6, then 10^-12: digits double. Without noise b = S w*, and M_k and S
+# commute, so w* - w_k = w* - M_k S w* = R_k w*. Along an eigenvector of eigenvalue lambda, k
+# steps of Newton, M_0 = alpha S, leave a share (1 - alpha lambda^2)^(2^k) of the error, m steps
+# of GD (1 - eta lambda)^m.
 
-# A direction is found when its share is small: when 2^k alpha lambda^2, or m eta lambda, is
-# about 1. With alpha = 1/lambda_max^2 and eta = 1/lambda_max, Newton has found the directions
-# with lambda > lambda_max 2^(-k/2), GD those with lambda > lambda_max/m. So at first a step of
-# Newton widens its *reach* by 1.4; GD needs 1.4 times as many steps for the same. Once all
-# directions are found, digits double. The figures mostly measure the first phase.
+# As (1 - x)^N is about e^(-N x), a direction is found once 2^k alpha lambda^2, or m eta lambda,
+# passes 1. With alpha = 1/lambda_max^2 and eta = 1/lambda_max, Newton has found the directions
+# lambda > lambda_max 2^(-k/2), GD those lambda > lambda_max/m. So at first a step of Newton
+# lowers the smallest lambda in *reach* by sqrt(2), and k steps are worth about 2^(k/2) of GD.
+# Once all directions are found, digits double, and so must the steps of GD. The figures mostly
+# measure the first phase.
 
 # Newton converges for alpha < 2/lambda_max(S)^2. Fu print the edge, 2/||S S^T||_2: one
 # eigenvalue of R is -1 there, and its square never shrinks. And the order of factors matters:
-# M S M forgets rounding errors; S M M or M M S lets them grow up to kappa-fold in every step.
+# M S M forgets rounding errors within the span of the examples; S M M or M M S lets them grow
+# up to kappa(S)-fold in every step.
 
-# In code a method takes S (..., d, d) and b (..., d) of all prefixes, and returns the w of all
-# steps from step 0 on: (steps+1, ..., d).
+# A method takes S (..., d, d), b (..., d) and returns the w of all steps: (steps+1, ..., d).
 
-TINY = 1e-30  # keeps the empty prefix, S = 0, from dividing by zero
+TINY = 1e-30  # keeps zeros, such as the empty prefix's S, out of divisions and logarithms
 
 
 def prefix_moments(xs, ys, ridge=0.0):
@@ -176,7 +179,7 @@ def predict(weights, xs):
 
 def ols(S, b):
     """Ordinary least squares, pinv(S) b: the answer itself, (..., d)."""
-    return times(torch.linalg.pinv(S, hermitian=True, rtol=1e-12), b)  # less is rounding
+    return times(torch.linalg.pinv(S, hermitian=True, rtol=1e-12), b)  # below: rounding
 
 
 def gradient_descent(S, b, steps):
@@ -189,11 +192,11 @@ def gradient_descent(S, b, steps):
 
 
 def gradient_descent_after(S, b, counts):
-    """The same after counts of steps alone (counts, ..., d): m leave (1 - eta lambda)^m."""
+    """The same in closed form, as the figures take up to 65,536 steps: (counts, ..., d)."""
     eigenvalues, U = torch.linalg.eigh(S)
-    steps = eigenvalues / eigenvalues[..., -1:].clamp_min(TINY)  # eta lambda; 0 if tiny
-    found = torch.stack([(1 - (1 - steps) ** m) / eigenvalues for m in counts])
-    return times(U, torch.where(steps > 1e-12, found, 0.0) * times(U.mT, b))
+    eta_lambda = eigenvalues / eigenvalues[..., -1:].clamp_min(TINY)
+    found = torch.stack([(1 - (1 - eta_lambda) ** m) / eigenvalues for m in counts])
+    return times(U, torch.where(eta_lambda > 1e-12, found, 0.0) * times(U.mT, b))
 
 
 def newton_start(S):
@@ -219,18 +222,18 @@ def newton(S, b, steps, alpha=None):
 def conjugate_gradient(S, b, steps):
     """Conjugate gradient on S w = b, from w = 0 (Hestenes and Stiefel, 1952).
 
-    Each step goes to the lowest point along a direction that is S-orthogonal to all others: what
-    is gained is never lost."""
+    A step goes along a direction p to the least w^T S w - 2 b^T w, the squared error on the
+    examples but for a constant. Any two directions have p^T S q = 0: no gain is lost again."""
     residual, direction, weights = b, b, [torch.zeros_like(b)]
-    energy = start = b.square().sum(-1, keepdim=True)
+    squared = start = b.square().sum(-1, keepdim=True)  # |residual|^2
     for _ in range(steps):
         S_direction = times(S, direction)
-        length = energy / (direction * S_direction).sum(-1, keepdim=True)
-        length = torch.where(energy > 1e-28 * start, length, 0.0)  # stop at rounding
-        weights.append(weights[-1] + length * direction)
-        residual = residual - length * S_direction
-        before, energy = energy, residual.square().sum(-1, keepdim=True)
-        direction = residual + energy / before.clamp_min(TINY) * direction
+        step_size = squared / (direction * S_direction).sum(-1, keepdim=True)
+        step_size = torch.where(squared > 1e-28 * start, step_size, 0.0)  # stop at rounding
+        weights.append(weights[-1] + step_size * direction)
+        residual = residual - step_size * S_direction
+        before, squared = squared, residual.square().sum(-1, keepdim=True)
+        direction = residual + squared / before.clamp_min(TINY) * direction
     return torch.stack(weights)
 
 
@@ -240,7 +243,7 @@ def conjugate_gradient(S, b, steps):
 
 # Its first task is a copy: y_i must meet its x_i, one token to the left. Learned position by
 # position, that copy is where training got stuck. Sinusoids make it one task: a step to the
-# left is the same rotation everywhere. So positions *start* as sinusoids, and learn from there.
+# left rotates the code alike everywhere. So positions *start* as sinusoids, and learn.
 
 def interleave(xs, ys):
     """(prompts, n+1, d), (prompts, n+1) -> tokens x_1, y_1, x_2, ...: (prompts, 2n+1, d).
@@ -261,11 +264,6 @@ def normalize(h):
     return F.layer_norm(h, h.shape[-1:])
 
 
-def causal_attention(q, k, v):
-    """softmax(q k^T / sqrt(D)) v for q, k, v (..., T, D); token i sees tokens 0..i alone."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
 class Transformer(nn.Module):
     """Decoder-only Transformer; sizes from the Config."""
 
@@ -275,10 +273,9 @@ class Transformer(nn.Module):
         self.read_in = nn.Parameter(torch.randn(W, config.d) / math.sqrt(config.d))
         self.positions = nn.Parameter(0.3 * sinusoids(2 * config.n + 1, W))
         self.read_out = nn.Parameter(torch.zeros(W))
-        # Standard deviation 1/sqrt(3 W), as torch.nn.Linear's; half that for what writes to h.
-        halves = torch.tensor([1, 1, 1, 0.5])[:, None, None] / math.sqrt(3 * W)
-        self.attention = nn.Parameter(torch.randn(L, 4, W, W) * halves)  # Q, K, V, O
-        self.mlp = nn.Parameter(torch.randn(L, 2, 2 * W, W) * halves[2:])  # up, down^T
+        scale = torch.tensor([1, 1, 1, 0.5])[:, None, None] / math.sqrt(3 * W)  # less for writers
+        self.attention = nn.Parameter(torch.randn(L, 4, W, W) * scale)  # Q, K, V, O
+        self.mlp = nn.Parameter(torch.randn(L, 2, 2 * W, W) * scale[2:])  # up, down^T
 
     def stream(self, xs, ys):
         """The residual stream (P, T, W) after the embedding and after every layer."""
@@ -295,7 +292,8 @@ class Transformer(nn.Module):
         Q, K, V, O = weights
         q, k, v = ((h @ Z.mT).unflatten(-1, (self.heads, -1)) for Z in (Q, K, V))
         heads = (z.transpose(1, 2) for z in (normalize(q), normalize(k), v))
-        mixed = causal_attention(*heads)  # each (P, heads, T, W/heads)
+        # softmax(q k^T / sqrt(W/heads)) v, where token i sees tokens 0..i alone
+        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)  # (P, heads, T, W/heads)
         return mixed.transpose(1, 2).flatten(2) @ O.mT  # heads side by side again: (P, T, W)
 
     def states(self, xs, ys):
@@ -309,32 +307,32 @@ class Transformer(nn.Module):
 
 
 # %% 5. Training
-# The paper's Adam takes hundreds of thousands of steps (`--recipe fu` is it). Three changes
-# make it thousands. First the loss. With e_t the error after t examples, it is
+# The paper's Adam takes hundreds of thousands of steps (`--recipe fu`). Three changes make
+# them thousands. First the loss. With e_t the error after t examples, it is
 #     mean over t of  sqrt( mean over prompts of |e_t|^1.5 ).
 # Early errors, a thousand times larger, no method can avoid; the late ones show how well a
-# network computes. The root lets them count. And |e|^1.5 in place of e^2, since among squares
-# a few unlucky prompts drown the rest.
+# network computes: the root lets them count. And |e|^1.5, since among squares a few unlucky
+# prompts drown the rest.
 
 # Second the optimiser. Muon (Keller Jordan, 2024) replaces each matrix's momentum by the
-# nearest orthogonal matrix, so that all directions are learned at one speed. To find it takes
-# five steps of X <- a X + b X X^T X + c X (X^T X)^2, a relative of Newton's: they move every
-# singular value s to a s + b s^3 + c s^5. Jordan's a, b, c drive it to about 1 fast.
+# nearest orthogonal matrix: all directions are learned at one speed. To find it takes five
+# steps of X <- a X + b X X^T X + c X (X^T X)^2, a relative of Newton's, which move a singular
+# value s to a s + b s^3 + c s^5. Jordan's a, b, c drive it to about 1 fast.
 
 # Third a curriculum (Garg et al., 2022): 2 dimensions and 6 examples at first, then more, up
 # to d and n. Training at d = 20 does not start without it.
 
 def orthogonalize(G):
-    """Roughly the nearest to each matrix (..., m, n), m >= n, with orthonormal columns."""
+    """Roughly the nearest matrix with orthonormal columns to each of (..., m, n), m >= n."""
     X = G / torch.linalg.matrix_norm(G, keepdim=True).clamp_min(1e-7)
     for _ in range(5):
-        A = X.mT @ X
-        X = 3.4445 * X + X @ (-4.7750 * A + 2.0315 * A @ A)
+        gram = X.mT @ X
+        X = 3.4445 * X + X @ (-4.7750 * gram + 2.0315 * gram @ gram)
     return X
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, for stacks of matrices; torch's own takes them one by one."""
+    """Momentum, orthogonalised, for stacks of matrices (torch's own takes single ones)."""
 
     @torch.no_grad()
     def step(self):
@@ -348,11 +346,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, config):
-    """AdamW, and Muon for the stacks of matrices; or the paper's Adam alone."""
+    """Adam, and Muon for the stacks of matrices; or the paper's Adam alone."""
     if config.recipe == "fu":
         return [torch.optim.Adam(model.parameters(), 1e-4)]
     rest = [model.read_in, model.positions, model.read_out]
-    return [torch.optim.AdamW(rest, 0.005, (0.9, 0.99), weight_decay=0),
+    return [torch.optim.Adam(rest, 0.005, (0.9, 0.99)),
             Muon([model.attention, model.mlp], dict(lr=config.muon_lr, momentum=0.9))]
 
 
@@ -395,18 +393,17 @@ def train(config):
         error = training_step(model, optimizers, config, done - 1, generator)
         if done % 250 == 0 or done == config.steps:
             if not error.isfinite().all():
-                raise FloatingPointError(f"no finite error at step {done}: lower --muon_lr")
+                raise FloatingPointError(f"errors are not finite at step {done}")
             left = (time.perf_counter() - start) / (done - first) * (config.steps - done)
-            last = error[:, -1].square().mean() / config.d
-            print(f"  step {done}: squared error / d {last:.4f} after {config.n} examples; "
-                  f"{left:.0f} s left", flush=True)
+            last, n = error[:, -1].square().mean() / config.d, error.shape[1] - 1
+            print(f"  step {done}: error / d {last:.4f}, t = {n}; {left:.0f} s left", flush=True)
             checkpoint.save(done)
     return model.requires_grad_(False)
 
 
 # %% 6. What does each layer know? (Fu, section 4.1)
-# Fit, for every layer of the frozen network, the linear readout that predicts best from its
-# state, on prompts other than those that judge it, and many: few would blur the last layer.
+# Fit, for every layer of the frozen network, the linear readout of its state that predicts best,
+# on other prompts than those that judge, and on many: its own error must be the smaller one.
 
 def least_squares_readout(H, y):
     """The r of least ||H r - y||, float64: H (..., samples, width), y (samples,) -> (..., width).
@@ -419,9 +416,9 @@ def least_squares_readout(H, y):
 def read_layers(model, fitting, prompts):
     """The layers as a trajectory on `prompts`, (L+1, prompts, n+1); step 0 is the embedding.
 
-    fitting, prompts: pairs (xs, ys); readouts are fitted on the first, for all prefixes."""
+    fitting, prompts: pairs (xs, ys). One readout a layer, for all t, is fitted on the first."""
     pairs = [[z.to(model.read_out.device) for z in pair] for pair in (fitting, prompts)]
-    # All layers' states and a constant 1: two tensors (L+1, prompts, n+1, W+1).
+    # All layers' states and a constant 1, twice (L+1, prompts, n+1, W+1).
     H, judged = (F.pad(model.states(*pair).double().cpu(), (0, 1), value=1.0) for pair in pairs)
     readouts = least_squares_readout(H.flatten(1, 2), fitting[1].double().flatten())
     return torch.einsum("lptw,lw->lpt", judged, readouts)
@@ -465,24 +462,25 @@ def similarity_of_errors(traj_a, traj_b, ys):
 def equal_error_steps(errors, counts, run_errors):
     """After how many steps a run errs as little: errors (A,), counts, run_errors (B,) -> (A,).
 
-    Log error is taken to be linear between the run's steps; should it rise, the least counts."""
+    Log error is taken to be linear between steps that lower it. At most the run's last step."""
     wanted, gained = (-z.clamp_min(TINY).log() for z in (errors, run_errors))
-    return np.interp(wanted, gained.cummax(0).values, counts)
+    reached, first = np.unique(gained.cummax(0).values, return_index=True)
+    return np.interp(wanted, reached, np.array(counts)[first])
 
 
 # Rates are measured from layer 3 on, as the paper's are: the first two gather y's to x's. Two
 # shapes compete: a line, steps = a + b l, and an exponential, log2 steps = a + b l. R^2, the
-# share of the variance that a fit explains, says which is closer; on six points no more.
+# share of its variance that a fit explains, says which is straighter; six points say no more.
 
 FIRST_LAYER = 3
 
 
 def line_fit(steps, first=FIRST_LAYER):
-    """Slope and R^2 (of a constant 0) of the line through steps (L,), layers `first` to L."""
-    y = np.asarray(steps)[first - 1 :]
-    x = np.arange(len(y))
-    slope = np.polyfit(x, y, 1)[0]
-    return slope, (slope * x.std() / y.std()) ** 2 if np.ptp(y) > 1e-9 else 0.0
+    """Slope and R^2 (0 if all are equal) of the line through steps (L,), layers `first` to L."""
+    y = np.asarray(steps, dtype=float)[first - 1 :]
+    x = np.arange(len(y)) - (len(y) - 1) / 2  # centred
+    slope = x @ y / max(x @ x, TINY)
+    return slope, slope**2 * x.var() / max(y.var(), 1e-12)
 
 
 def doublings(steps):
@@ -491,9 +489,9 @@ def doublings(steps):
 
 
 # %% 8. The paper's figures
-# An experiment draws one network's results into the panels of a `sheet` (section 15), shared
-# by all seeds. It returns the panels; the headline, with gaps for numbers; and the numbers for
-# these and the claims (section 14): {key: measured, or (measured, what it must beat)}.
+# An experiment, called once a seed, draws by `curve` into the panels that `sheet` gives to all
+# seeds (section 15). It returns them; the headline, with {gaps}; and the numbers for these and
+# the claims (section 14): {key: measured, or (measured, what it must beat)}.
 
 PAPER = (  # Fu's Transformer (d = 20, n = 40): best matches of layers 1..12, figures 8 and 10
     [1, 1, 2, 5, 8, 10, 14, 16, 20, 20, 21, 21],  # steps of Newton, then of GD
@@ -504,39 +502,40 @@ def learning_curves(config, t, ax=None):
     """Squared errors after t examples, {learner: (steps,)}; ax is a panel to draw them in."""
     s = study(config)
     curves = {k: (run[..., t] - s.ys[:, t]).square().mean(1) for k, run in s.runs.items()}
-    for name, errors in curves.items() if ax else ():
-        curve(ax, name, errors / config.d, STEPS[name][: len(errors)])
+    for name, errors in curves.items():
+        if ax:
+            curve(ax, name, errors / config.d, STEPS[name][: len(errors)])
     return curves
 
 
 def climb(config, learner):
-    """What a learner's steps 1..L match: three times (L,).
+    """What a learner's steps 1..L match, three arrays (L,).
 
     Steps of Newton and of GD by similarity, steps of Newton by equal error after n examples."""
-    s, curves, steps = study(config), learning_curves(config, config.n), slice(1, config.layers + 1)
-    run, equal = s.runs[learner][steps], curves[learner][steps]
-    to_newton, to_gd = (similarity_of_errors(run, s.runs[k], s.ys).argmax(1).numpy()
+    s, curves, own = study(config), learning_curves(config, config.n), slice(1, config.layers + 1)
+    to_newton, to_gd = (similarity_of_errors(s.runs[learner][own], s.runs[k], s.ys).argmax(1)
                         for k in ("Newton", "GD"))
-    return (to_newton, np.array(STEPS["GD"])[to_gd],
-            equal_error_steps(equal, STEPS["Newton"], curves["Newton"]))
+    equal = equal_error_steps(curves[learner][own], STEPS["Newton"], curves["Newton"])
+    return to_newton.numpy(), np.array(STEPS["GD"])[to_gd], equal
 
 
 def rates(config, sheet):
     """Fu, figures 3, 8, 10: the steps of Newton and GD that layers match; CG is the control.
 
-    CG's rate counts all its steps until it is exact: it has no layers to lose."""
-    axes = sheet("like which step of Newton?", "like which step of GD?",
-                 f"erring as which, after {config.n}?", xlabel="layer, or step", ylabel="step")
+    CG's rate is that of its steps 1..L until it is exact: it has no first layers to lose."""
+    axes = sheet("errors like which Newton step's?", "like which GD step's?",
+                 "as small as which Newton step's?", xlabel="layer or step", ylabel="step")
     axes[1].set_yscale("symlog", linthresh=1)
     climbs = {name: climb(config, name) for name in ("Newton", "CG", "Transformer")}
     for name, matched in [*climbs.items(), ("Fu's Transformer", PAPER)]:
         for ax, steps in zip(axes, matched):
             curve(ax, name, steps)
-    (to_newton, to_gd, equal), (cg, _, cg_equal) = climbs["Transformer"], climbs["CG"]
-    title = "A layer is worth {newton_rate[0]:.1f} Newton steps, a CG step {newton_rate[1]:.1f}"
-    return axes, title + "; by error {equal_rate[0]:.1f} and {equal_rate[1]:.1f}", {
-        "newton_rate": (line_fit(to_newton)[0], line_fit(cg[: config.d - 1], 1)[0]),
-        "equal_rate": (line_fit(equal)[0], line_fit(cg_equal[: config.d - 1], 1)[0]),
+    to_newton, to_gd, equal = climbs["Transformer"]
+    cg, _, cg_equal = (steps[: config.d - 1] for steps in climbs["CG"])
+    title = "A layer climbs {newton_rate[0]:.1f} Newton steps, a step of CG {newton_rate[1]:.1f}"
+    return axes, title + "; by size of error {equal_rate[0]:.1f} and {equal_rate[1]:.1f}", {
+        "newton_rate": (line_fit(to_newton)[0], line_fit(cg, 1)[0]),
+        "equal_rate": (line_fit(equal)[0], line_fit(cg_equal, 1)[0]),
         "newton_line": (line_fit(to_newton)[1], line_fit(doublings(to_newton))[1]),
         "gd_exponential": (line_fit(doublings(to_gd))[1], line_fit(to_gd)[1]),
         "newton_steps": to_newton, "gd_steps": to_gd}
@@ -553,19 +552,20 @@ def convergence(config, sheet):
     early, late = digits[: len(digits) // 2], digits[-(len(digits) // 2) :]
     gained = late.mean(), max(early.mean(), 0.1)  # a tenth of a digit at least
     worth = [equal_error_steps(errors[-1], STEPS[k], curves[k]) for k in ("Newton", "CG", "GD")]
-    title = f"The last of {config.layers} layers errs as Newton after {{worth[0]:.0f}} steps, CG "
-    return axes, title + "after {worth[1]:.0f}, GD after {worth[2]:.0f}", {
+    title = "The last layer errs as Newton after {worth[0]:.0f} steps, CG after {worth[1]:.0f}"
+    return axes, title + ", GD after {worth[2]:.0f}", {
         "error": errors[-1] / config.d, "superlinear": gained, "worth": worth}
 
 
 # What is similarity made of? Most of an error no method can avoid: t < d examples do not
 # determine w*. So a *null* takes each layer's best Newton step and adds the deviations from
-# it that the layer shows on *another* prompt. Its score needs no resemblance.
+# it that the layer shows on *another* prompt. Small deviations score high, whatever their
+# direction: only what a layer scores above its null is resemblance.
 
-def null_similarity(layers, newton, ys):
+def null_similarity(layers, newton_run, ys):
     """SimE (L,) of layers (L, P, n+1) with their best Newton steps, deviations shuffled."""
-    steps = newton[similarity_of_errors(layers, newton, ys).argmax(1)]  # (L, P, n+1)
-    deviations = (layers - steps).roll(1, dims=1)  # prompts are independent: the next one's
+    steps = newton_run[similarity_of_errors(layers, newton_run, ys).argmax(1)]  # (L, P, n+1)
+    deviations = (layers - steps).roll(1, dims=1)  # prompts are independent: the previous one's
     return similarity_of_errors(steps + deviations, steps, ys).diagonal()
 
 
@@ -574,46 +574,42 @@ def heatmaps(config, sheet):
     s, d = study(config), config.d
     axes = sheet("to which step of Newton?", "to which step of GD?", "at the best step",
                  xlabel="layer", ylabel="step")
-    layers, newton = s.runs["Transformer"][1:], s.runs["Newton"]
+    layers, newton_run = s.runs["Transformer"][1:], s.runs["Newton"]
     alike = {k: similarity_of_errors(layers, s.runs[k], s.ys) for k in ("Newton", "GD")}
     for ax, (name, similarity) in zip(axes, alike.items()):  # (L, steps)
         curve(axes[2], name, similarity.amax(1))
         if not ax.collections:  # the first seed's
-            draw_heatmap(ax, similarity, STEPS[name])
-    null = null_similarity(layers, newton, s.ys)
-    late = similarity_of_errors(layers[..., d:], newton[..., d:], s.ys[:, d:])
+            x, steps = range(1, len(layers) + 1), STEPS[name]
+            mesh = ax.pcolormesh(x, range(len(steps)), similarity.T, vmin=0.5, vmax=1)
+            ax.figure.colorbar(mesh, ax=ax, label="similarity of errors")
+            ax.plot(x, similarity.argmax(1), "ow", markeredgecolor="black", label="best step")
+            ax.set_yticks(range(0, len(steps), 4), steps[::4])
+    null = null_similarity(layers, newton_run, s.ys)
+    late = similarity_of_errors(layers[..., d:], newton_run[..., d:], s.ys[:, d:])
     curve(axes[2], "shuffled null", null)
     curve(axes[2], "Newton, t > d alone", late.amax(1), style=":")
     axes[2].set(ylabel="similarity of errors", ylim=(0, 1.03))
-    title = "The last layer's similarity to Newton is {like_newton[0]:.3f}; shuffled, {null:.3f}"
-    return axes, title, {
-        "like_newton": [z[-1].max() for z in alike.values()], "null": null[-1],
+    last = [z[-1].max() for z in alike.values()] + [null[-1]]
+    title = "The last layer's similarity to Newton is {last[0]:.3f}, to GD {last[1]:.3f}"
+    return axes, title + "; shuffled, to Newton {last[2]:.3f}", {
+        "last": last, "like_newton": (1 - last[1], 1 - last[0]),
         "like_ols": (similarity_of_errors(layers[-1:], s.least_squares[None], s.ys)[0, 0], 0.975)}
 
 
-def draw_heatmap(ax, similarity, counts):
-    """Similarities (L, steps) as colours, and each layer's best step."""
-    x = range(1, len(similarity) + 1)
-    mesh = ax.pcolormesh(x, range(len(counts)), similarity.T, vmin=0.5, vmax=1)
-    ax.figure.colorbar(mesh, ax=ax, label="similarity of errors")
-    ax.plot(x, similarity.argmax(1), "ow", markeredgecolor="black", label="best step")
-    ax.set_yticks(range(0, len(counts), 4), counts[::4])
-
-
-# %% 9. A ruler that can say no: how many products with S is a layer worth?
+# %% 9. A ruler that can say no: how many first-order steps is a layer worth?
 # A first-order method multiplies a vector by S once a step. Let its step sizes and momenta be
 # fixed in advance, in units of 1/lambda_max(S). Two steps of GD with sizes u, v, from w = 0:
 #     w_1 = u b,    w_2 = w_1 - v (S w_1 - b) = (u + v) b - u v S b.
 # Whatever u and v are, w_2 = c_0 b + c_1 S b: a polynomial of S, of degree 1, times b, the
 # same for all prompts. D steps make one of degree D - 1. So the polynomial that is best on
 # average errs at most as much as *every* such method of D steps, and least squares finds it,
-# for each D and t. D*(l) is the D whose best polynomial errs as layer l does: a network that
-# makes one such step a layer has D*(l) <= l.
+# for each D and t. D*(l) is the D whose best polynomial errs as layer l does. If D*(l) > l, no
+# method of one such step a layer does what the layers do; if D*(l) <= l, one may.
 
-# Not covered is CG, which finds its sizes on the prompt: it is drawn beside. And Newton's D* is
-# but 2^(k/4) at first: k steps reach lambda_max 2^(-k/2), the best D products lambda_max/D^2.
+# Not covered is CG, which finds its sizes on the prompt: it is drawn beside. Newton's D* is but
+# 2^(k/4) at first: k steps reach lambda_max 2^(-k/2), D of Chebyshev's lambda_max/D^2.
 
-MOST_PRODUCTS = 128
+MOST_STEPS = 128
 
 
 def polynomial_features(xs, ys, t):
@@ -623,41 +619,42 @@ def polynomial_features(xs, ys, t):
     X, x_q = xs[:, :t].double(), xs[:, t].double()
     eigenvalues, U = torch.linalg.eigh(X.mT @ X)
     largest = eigenvalues[:, -1:]
-    weight = times(U.mT, x_q) * times(U.mT, times(X.mT, ys[:, :t].double())) / largest
-    T = np.polynomial.chebyshev.chebvander(2 * eigenvalues / largest - 1, MOST_PRODUCTS - 1)
-    return torch.einsum("pd,pdj->pj", weight, torch.from_numpy(T))
+    # x_q^T T_j(S) b sums, over eigenvectors u, T_j(lambda) (u.x_q) (u.b).
+    products = times(U.mT, x_q) * times(U.mT, times(X.mT, ys[:, :t].double())) / largest
+    T = np.polynomial.chebyshev.chebvander(2 * eigenvalues / largest - 1, MOST_STEPS - 1)
+    return torch.einsum("pd,pdj->pj", products, torch.from_numpy(T))
 
 
 def polynomial_errors(config, t):
-    """Squared errors after t examples of the best methods of 0..128 products: (129,)."""
+    """Squared errors after t examples of the best methods of 0..128 steps: (129,)."""
     fitting, s = fresh_prompts(config, 20_000, purpose=3), study(config)
     fit, test = (polynomial_features(*prompts, t) for prompts in (fitting, (s.xs, s.ys)))
-    Q, R = torch.linalg.qr(fit)  # one orthonormal basis serves all degrees
+    # D columns of Q span D columns of fit: one more step adds one more term.
+    Q, R = torch.linalg.qr(fit)
     basis = torch.linalg.solve_triangular(R, test, upper=True, left=False)  # (prompts, 128)
-    parts = basis * (Q.mT @ fitting[1][:, t].double())
-    answers = F.pad(parts.cumsum(1), (1, 0))  # no product, no answer
+    terms = basis * (Q.mT @ fitting[1][:, t].double())
+    answers = F.pad(terms.cumsum(1), (1, 0))  # no step, no answer
     return (answers - s.ys[:, t, None]).square().mean(0)
 
 
 def products(config, sheet):
     """New: D* of the layers, of Newton's steps and of CG's, after d and after n examples."""
-    L, found = config.layers, {}
+    L, found, worth = config.layers, {}, {}
     axes = sheet(f"after d = {config.d} examples", f"after all {config.n}", yscale="log",
-                 xlabel="layer or step", ylabel="products with S", ylim=(0.8, MOST_PRODUCTS))
-    for ax, name, t in zip(axes, "dn", (config.d, config.n)):
-        x, curves, best = range(1, L + 1), learning_curves(config, t), polynomial_errors(config, t)
-        ax.fill_between(x, 0.8, x, color="#DDDDDD", label="one product a layer, or less")
+                 xlabel="layer or step", ylabel="first-order steps", ylim=(0.8, MOST_STEPS))
+    for ax, name, t in zip(axes, ("products_d", "products_n"), (config.d, config.n)):
+        x, best, curves = range(1, L + 1), polynomial_errors(config, t), learning_curves(config, t)
+        ax.fill_between(x, 0.8, x, color="#DDDDDD", label="one first-order step a layer, or less")
         for label in ("Newton", "CG", "Transformer"):
-            worth = equal_error_steps(curves[label][1 : L + 1], range(len(best)), best)
-            curve(ax, label, worth)
-        found[f"products_{name}"] = worth[-1], L  # the Transformer's, which came last
-    title = f"The last of {L} layers is worth {{products_d[0]:.0f}} products with S after d"
-    return axes, title + " examples, {products_n[0]:.0f} after n", found
+            worth[label] = equal_error_steps(curves[label][1 : L + 1], range(len(best)), best)
+            curve(ax, label, worth[label])
+        found[name] = worth["Transformer"][-1], L
+    title = "The last layer is worth {products_d[0]:.0f} first-order steps after d examples"
+    return axes, title + ", {products_n[0]:.0f} after n", found
 
 
 # %% 10. Ill-conditioned data (Fu, section 4.3)
-# For one error GD may need kappa times the steps, Newton 2 log2 kappa more. (Fu: over 2,000;
-# 21.) The network for kappa = 100 goes on from the one for kappa = 1, for `tuning` steps.
+# For one error GD may need kappa times the steps, Newton 2 log2 kappa more. (Fu: 2,000; 21.)
 
 def conditioning(config, sheet):
     """Fu, figures 4, 16: errors at kappa 1 and 100; which steps err as the last layers do."""
@@ -670,34 +667,32 @@ def conditioning(config, sheet):
         worth += [equal_error_steps(last, STEPS[k], curves[k]) for k in ("Newton", "GD")]
     title = "The last layer errs as Newton after {kappas[0]:.0f} steps, GD after {kappas[1]:.0f}"
     return axes, title + "; at kappa = 100 after {kappas[2]:.0f} and {kappas[3]:.0f}", {
-        "kappas": worth, "kappa_newton": (worth[2], 1.5 * worth[0]),
-        "kappa_gd": (worth[3], 4 * max(worth[1], 1))}
+        "kappas": worth, "kappa_gd": (worth[3], 4 * max(worth[1], 1))}
 
 
-# %% What Part I found
-# Three networks (README has the table) climb Newton's ladder as the paper's does: two steps a
-# layer, while GD's steps double from layer to layer. CG, the best first-order method, starts
-# faster, and flattens where the layers go on. By equal error the difference is smaller. After
-# d examples the last layer errs less than any first-order method of as many steps with fixed
-# sizes; after n it ties. Similarity alone says little: deviations taken from other prompts
-# score nearly the same, and so does GD. So a layer is as *fast* as some steps of Newton. That
-# it *is* Newton does not follow from its rate.
+# %% What Part I found (three networks; README has the table)
+# The layers climb Newton's ladder as the paper's do: two steps each, while GD's steps double. CG,
+# a strong first-order method, starts faster, and flattens where the layers go on; but by size of
+# error it is ahead of them. After d examples the last layer errs less than any method of as many
+# first-order steps with sizes fixed in units of 1/lambda_max; after n it ties. And similarity
+# says little: deviations from other prompts score nearly the same, and so does GD. So a layer is
+# as *fast* as one or two steps of Newton. That it *is* Newton does not follow from its rate.
 
 
 # %% Part II, theory that runs. 11. Newton's weights, written by hand (Fu, theorem 5.1)
 # Why is Newton possible in attention at all? Because attention makes sums over examples. Let
 # an example be one token [T x_j ; x_j ; y_j], where T is to become M. Attention has ReLU in
 # place of softmax, and two heads of opposite sign: ReLU(s) - ReLU(-s) = s. (The printed proof
-# gives both values one sign, which makes |s|; and scores <T x_j, x_t>, which make T S T^T:
-# that doubles antisymmetric rounding.) With j over the examples:
-#     first layer      T = alpha S         adds  alpha sum_j x_j <x_j, x_t>  to the top block
-#     Newton layer     T <- 2T - T S T     adds  -1/2 T S T x_t  to it, and the MLP doubles it
-#     readout layer    x_q^T T b           adds  sum_j y_j <T x_j, x_q>  to the query's empty y
+# gives both values one sign, which makes |s|, and scores <T x_j, x_t>, which make T S T^T.)
+# With j over the examples:
+#     first layer    T = alpha S      adds alpha sum_j x_j <x_j, x_t> to the top block
+#     Newton layer   T <- 2T - T S T  adds -1/2 T S T x_t to it, and the MLP doubles it
+#     readout layer  x_q^T T b        adds sum_j y_j <T x_j, x_q> to the query's empty y
 # So k steps take k + 2 layers; Fu's proof spends k + 8. Two costs: one alpha for all prompts;
 # and every example must see all others, which our Transformer's causal mask forbids.
 
 def relu_attention(h, heads, mask):
-    """h_t + sum over heads (Q, K, V) and j of mask[t, j] ReLU(<Q h_t, K h_j>) V h_j, all t."""
+    """h_t + sum over heads (Q, K, V) and j of mask[j] ReLU(<Q h_t, K h_j>) V h_j, for all t."""
     return h + sum((mask * ((h @ Q.mT) @ (h @ K.mT).mT).relu()) @ (h @ V.mT) for Q, K, V in heads)
 
 
@@ -727,7 +722,7 @@ def construction(xs, ys, steps, alpha):
     Tx, x, y = token_blocks(xs.shape[-1])
     heads, (up, down) = newton_layer(xs.shape[-1])
     mask = (torch.arange(xs.shape[1]) < xs.shape[1] - 1).double()  # the query is no example
-    h = torch.cat([0 * xs, xs, (mask * ys)[..., None]], dim=-1)  # (prompts, n+1, 2d+1)
+    h = torch.cat([torch.zeros_like(xs), xs, (mask * ys)[..., None]], -1)  # (P, n+1, 2d+1)
     h = relu_attention(h, linear_heads(Q=x, K=x, V=alpha * Tx.mT @ x), mask)
     answers = []
     for _ in range(steps + 1):
@@ -739,7 +734,7 @@ def construction(xs, ys, steps, alpha):
 
 
 def by_hand(config, sheet):
-    """Fu, theorem 5.1: hand-written weights against Newton, with one alpha for all prompts."""
+    """Fu, theorem 5.1: hand-written weights against Newton; one alpha for all prompts."""
     axes = sheet("", xlabel="layer or step k", ylabel="squared error / d", yscale="log")
     xs, ys = fresh_prompts(config, 256, purpose=2)
     S, b = (z[:, -1] for z in prefix_moments(xs, ys))  # after n examples
@@ -768,28 +763,28 @@ def optimal_preconditioner(Sigma, n):
     """The A (d, d) of least expected squared error for one layer (Ahn, theorem 1).
 
     For n examples and a query x ~ N(0, Sigma), w ~ N(0, I). It has Sigma's eigenvectors."""
-    # E S^2 = n (n+1) Sigma^2 + n tr(Sigma) Sigma puts the minimum of the loss, for each
-    # eigenvalue lambda of Sigma, at 1 / ((n+1)/n lambda + tr(Sigma)/n).
+    # E S^2 = n (n+1) Sigma^2 + n tr(Sigma) Sigma: for each eigenvalue lambda of Sigma the loss
+    # is least at 1 / ((n+1)/n lambda + tr(Sigma)/n).
     eigenvalues, U = torch.linalg.eigh(Sigma)
-    return U / ((n + 1) / n * eigenvalues + eigenvalues.sum() / n) @ U.mT
+    return (U / ((n + 1) / n * eigenvalues + eigenvalues.sum() / n)) @ U.mT
 
 
 def preconditioners(config, sheet):
-    """Ahn, theorem 1, in the sizes of Ahn's figures: a trained layer's A, entry by entry."""
+    """Ahn, theorem 1, in the sizes of Ahn's figures: a fitted layer's A, entry by entry."""
     d, n, generator = 5, 20, torch.Generator().manual_seed(config.seed)
     draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
     U, spectrum = torch.linalg.qr(draw(d, d)).Q, torch.tensor([1, 1, 1 / 4, 1 / 16, 1])
     closed = optimal_preconditioner((U * spectrum) @ U.mT, n)
-    xs = draw(200_000, n + 1, d) * spectrum.sqrt() @ U.mT
+    xs = (draw(200_000, n + 1, d) * spectrum.sqrt()) @ U.mT
     ys = times(xs, draw(200_000, d))
-    # The answer is b^T A x_q / n, linear in A: entry A_jk has the feature b_j x_qk / n.
+    # The answer b^T A x_q / n is linear in A: A_jk has the feature b_j x_qk / n.
     b = times(xs[:, :-1].mT, ys[:, :-1]) / n
     features = (b[:, :, None] * xs[:, -1, None]).flatten(1)  # (prompts, d^2)
     trained = least_squares_readout(features, ys[:, -1]).unflatten(0, (d, d))
-    (ax,) = axes = sheet("entries of A", xlabel="in theorem 1", ylabel="as trained")
+    (ax,) = axes = sheet("entries of A", xlabel="in theorem 1", ylabel="as fitted")
     ax.axline((0, 0), slope=1, color="#666666", label="equal")
     curve(ax, "Transformer", trained.flatten(), closed.flatten(), " ")
-    title = "A layer of linear attention learns the predicted preconditioner, to {ahn_one[0]:.1%}"
+    title = "The best layer of linear attention is the predicted one, to {ahn_one[0]:.1%}"
     return axes, title, {"ahn_one": ((trained - closed).norm() / closed.norm(), 0.03)}
 
 
@@ -799,8 +794,8 @@ def preconditioners(config, sheet):
 #     yhat = sum_i softmax_i(x_i^T Q x_q) y_i = sum_n a_n w.v_n     a_n: attention on feature n
 # For a query x_q = v_k, and E w w^T = I, the loss is 1/2 [(1 - a_k)^2 + sum_{n != k} a_n^2].
 # Its gradient moves A_k = Q[k,k] and B_{k,n} = Q[n,k]. If all p_k are equal, the A_k grow
-# together, past log K, where one right feature balances K wrong. With p_1 = 1/2 feature 1 is
-# first; half of every other query's attention rests on it: B_{k,1} falls, then A_k grows.
+# together, past log K, where one right feature balances K wrong. If p_1 = 1/2, feature 1 is
+# first; for all others B_{k,1} must fall before A_k grows.
 
 def train_attention(K, p_1, steps, seed, eta=2.0):
     """Gradient descent on Q, on fresh prompts of N = 10 K examples, queries weighted by p_k.
@@ -828,30 +823,29 @@ def stages(config, sheet):
         path = train_attention(16, p_1, 3000, config.seed)
         ax.loglog(path[0], color="black", label="queries for feature 1")
         ax.loglog(path[1], color="#8C510A", label="queries for the others")
-    first, others = (path > 0.1 * path[:, :1]).sum(1)  # steps above a tenth of the start
+    # Of the last path, p_1 = 1/2: how many steps are above a tenth of the start?
+    first, others = (path > 0.1 * path[:, :1]).sum(1)
     title = "With a dominant feature the others are learned {huang[0]:.0f} times later than it"
     return axes, title, {"huang": (others / first, 5)}
 
 
-# %% Part III, machinery. Nothing to learn here. 14. The claims, in the order of the story
-# A claim compares what was measured with what it must beat: a control, or a number fixed in
-# advance. In brackets: the paper's number. An untrained network passes no claim about layers.
+# %% Part III, machinery. 14. The claims, in the order of the story
+# A claim: what was measured against what it must beat, a control or a number fixed in advance.
 
-CLAIMS = {  # key: (what is said, the relation that must hold)
-    "superlinear": ("fig. 2: later layers gain more digits than earlier", ">"),
-    "newton_line": ("fig. 3: Newton's steps: R^2 of a line, an exponential", ">"),
-    "newton_rate": ("fig. 3: Newton steps a layer (2.93), a step of CG", ">"),
-    "equal_rate": ("the same by equal error after n examples", ">"),
-    "gd_exponential": ("fig. 3: GD's steps: R^2 of an exponential, a line", ">"),
-    "like_newton": ("tab. 1: similarity to Newton (.991), to GD (.957)", ">"),
-    "like_ols": ("last layer's similarity to least squares", ">"),
-    "products_d": ("products with S it is worth, after d; layers", ">"),
+CLAIMS = {  # key: (what is measured; what it must beat, the relation)
+    "superlinear": ("fig. 2: digits gained a layer, late; early (or 0.1)", ">"),
+    "newton_rate": ("fig. 3: Newton steps a layer (2.93); a step of CG", ">"),
+    "equal_rate": ("the same by size of error after n examples", ">"),
+    "newton_line": ("fig. 3: Newton's steps: R^2 of a line; an exponential", ">"),
+    "gd_exponential": ("fig. 3: GD's steps: R^2 of an exponential; a line", ">"),
+    "like_newton": ("tab. 1: 1 - similarity, to GD (.043); to Newton (.009)", ">"),
+    "like_ols": ("similarity to least squares; our goal", ">"),
+    "products_d": ("first-order steps it is worth after d; layers", ">"),
     "products_n": ("the same after n examples", ">"),
-    "kappa_newton": ("fig. 4: Newton steps at kappa 100, 1.5 x those at 1", "<"),
-    "kappa_gd": ("fig. 4: GD steps at kappa 100, 4 x those at 1", ">"),
-    "by_hand": ("thm. 5.1: Newton in hand-written attention, to", "<"),
-    "ahn_one": ("Ahn, thm. 1: one layer is the closed form, to", "<"),
-    "huang": ("Huang: other features take longer than feature 1, x", ">")}
+    "kappa_gd": ("fig. 4: its GD steps at kappa 100; 4 times those at 1", ">"),
+    "by_hand": ("thm. 5.1: hand-written weights, distance from Newton", "<"),
+    "ahn_one": ("Ahn, thm. 1: a fitted layer, distance from the theory", "<"),
+    "huang": ("Huang: how many times later other features are learned", ">")}
 
 
 def table(found):
@@ -868,16 +862,15 @@ def table(found):
     return lines, holds
 
 
-# %% 15. Drawing: one learner, one colour and mark, in every picture
+# %% 15. Drawing: a learner has one colour and mark everywhere
 
 LOOK = {"Transformer": ("#D55E00", "o"), "Newton": ("#0072B2", "s"), "GD": ("#009E73", "^"),
         "CG": ("#CC79A7", "D"), "Fu's": ("#666666", "x"), "shuffled": ("#666666", "x")}
 STYLE = {"axes.grid": True, "grid.alpha": 0.25, "lines.markersize": 4, "lines.linewidth": 1.2}
 
 
-@matplotlib.rc_context(STYLE)
 def make_sheet(*titles, **settings):
-    """The panels of an empty picture, one a title; settings are those of every panel."""
+    """The panels of an empty picture, one a title, all with these settings."""
     size = 4.5 * max(len(titles), 2), 4.2  # inches
     picture = matplotlib.figure.Figure(size, dpi=130, layout="constrained")
     axes = picture.subplots(1, len(titles), squeeze=False)[0]
@@ -887,14 +880,14 @@ def make_sheet(*titles, **settings):
 
 
 def curve(ax, label, y, x=None, style="-"):
-    """Draw a line in the look of the label's first word; x defaults to 1, 2, ..."""
+    """A line in the look of the label's first word; x defaults to 1, 2, ..."""
     color, mark = LOOK[label.split()[0].rstrip(",")]
     x = range(1, len(y) + 1) if x is None else x
     ax.plot(x, y, mark + style, color=color, label=label)
 
 
 def draw(axes, title):
-    """The picture of these panels, PNG bytes. Its one legend lies below and hides nothing."""
+    """The picture of these panels, PNG bytes, with one legend, below."""
     buffer, picture = io.BytesIO(), axes[0].figure
     entries = {z.get_label(): z for ax in axes for z in ax.get_legend_handles_labels()[0]}
     picture.legend(entries.values(), entries, loc="outside lower center", ncols=5, frameon=False)
@@ -922,7 +915,7 @@ class Checkpoint:
 
     def __init__(self, config, model, optimizers, generator):
         self.parts, self.generator = [model, *optimizers], generator
-        # Code is known by what it does: rehearse the first and the last step on a copy.
+        # Code is known by what it does: try the first and the last step on a copy.
         other, *optimizers = copy.deepcopy(self.parts)
         twin = torch.Generator(generator.device).manual_seed(0)
         for step in (0, config.steps - 1):
@@ -934,7 +927,7 @@ class Checkpoint:
         self.path = Path(config.checkpoints) / f"d{config.d}-seed{config.seed}-{key}.pt"
 
     def seal(self, content):
-        """The hash behind a file's content, 32 bytes: it is whole, and this training's."""
+        """What ends a file, 32 bytes: proof that it is whole and this training's."""
         return hashlib.sha256(self.path.name.encode() + content).digest()
 
     def save(self, done):
@@ -951,7 +944,7 @@ class Checkpoint:
         content = self.path.read_bytes()
         if content[-32:] != self.seal(content[:-32]):
             raise ValueError(f"{self.path} is damaged: delete it")
-        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        saved = torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
         for part, state in zip(self.parts, saved["parts"]):
             part.load_state_dict(state)
         self.generator.set_state(saved["generator"])
@@ -987,14 +980,15 @@ def check(config):
         (unknown, f"figures: all, or some of {','.join(EXPERIMENTS)}"),
         (config.n < config.d + 2, "n: at least d + 2"),
         (config.width % config.heads, "heads: a divisor of the width"),
-        (0 < config.steps <= grown, f"steps: 0, or above {grown}, where the curriculum ends"),
+        (config.seed + config.seeds > 10**9 + 1, "seed, seeds: at most 1000000000 together"),
+        (0 < config.steps <= grown, f"steps: 0, or above {grown} (curriculum)"),
         (config.device == "cuda" and not torch.cuda.is_available(), "device cuda: none here")):
         if wrong:
             raise ValueError(f"--{message}")
 
 
 def parse(arguments):
-    """Command line -> (the preset's line, Config). Bad input: one line and exit status 2."""
+    """Command line -> (the preset's line, Config). Bad input: one line, exit status 2."""
     parser = argparse.ArgumentParser("icl_newton.py", usage=argparse.SUPPRESS, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     presets = "; ".join(f"{name}: {line}" for name, (line, _) in PRESETS.items())
@@ -1015,12 +1009,13 @@ def parse(arguments):
     return line, config
 
 
+@matplotlib.rc_context(STYLE)
 def run(config):
-    """Make the figures, print the table of claims, write both and all numbers into `out`."""
+    """Make the figures, print the table of claims, write all into `out`."""
     out, found, titles, start = Path(config.out), {}, {}, time.perf_counter()
     wanted, seeds = config.figures.split(","), range(config.seed, config.seed + config.seeds)
     for name in [name for name in EXPERIMENTS if name in wanted or "all" in wanted]:
-        sheet, rows = functools.cache(make_sheet), []  # all seeds draw into the same panels
+        sheet, rows = functools.cache(make_sheet), []  # same titles, same panels, for all seeds
         for one in (dataclasses.replace(config, seed=seed, seeds=1) for seed in seeds):
             axes, title, numbers = EXPERIMENTS[name](one, sheet)
             rows.append({key: np.asarray(z, dtype=float).tolist() for key, z in numbers.items()})
@@ -1038,7 +1033,7 @@ def run(config):
 
 
 def main(arguments=None):
-    """Run the command line. Exit status: 0, 1 (a run failed), 2 (bad input), 130 (Ctrl-C)."""
+    """Run the command line. Exit status 0, 1 (a run failed), 2 (bad input) or 130 (Ctrl-C)."""
     line, config = parse(sys.argv[1:] if arguments is None else arguments)
     print(f"icl_newton: {line}")
     try:
@@ -1047,7 +1042,7 @@ def main(arguments=None):
         print(f"icl_newton: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nicl_newton: stopped; the same command goes on from here", file=sys.stderr)
+        print("\nicl_newton: stopped; say it again to go on", file=sys.stderr)
         return 130
     return 0
 
