@@ -77,7 +77,7 @@ class Config:
     recipe: str = setting("muon", "muon; or fu: Adam at 1e-4, squared error", "muon", "fu")
     steps: int = setting(1500, "training steps; 0, and tuning 0: untrained", 0, 10**7)
     batch: int = setting(96, "fresh prompts per step", 1, 65_536)
-    muon_lr: float = setting(0.014, "Muon's step size, for the layers' matrices", 1e-9, 1)
+    muon_lr: float = setting(0.018, "Muon's step size, for the layers' matrices", 1e-9, 1)
     curriculum: int = setting(12, "steps per added dimension; 0: all at once", 0, 10**6)
     seed: int = setting(1, "of weights and prompts", 0, 10**9)
     # Those above decide the weights of a network, these do not (tuning becomes its steps).
