@@ -10,8 +10,8 @@ w*.x, new in every prompt. Trained on enough of them, it solves a *new* regressi
 forward pass. By which algorithm? Fu, Chen, Jia and Sharan (arXiv 2310.17086, "Fu") say: each
 layer is worth a few steps of Iterative Newton; of gradient descent (GD) it would take a number
 that doubles with every layer. This file trains such a network, reads a prediction out of each
-layer, lays it beside Newton, GD and conjugate gradient (CG), and asks whether the evidence
-could have said no.
+layer, lays it beside Newton, GD and conjugate gradient (CG), and asks if the evidence could
+have said no.
 
     python icl_newton.py                   eight figures, a table of claims
     python icl_newton.py --preset quick    a first look; --help lists every setting
@@ -130,8 +130,8 @@ def fresh_prompts(config, count, purpose):
 #     gradient descent  w <- w - eta (S w - b)     O(kappa(S) log 1/eps) steps
 #     Iterative Newton  M <- 2M - M S M, w = M b   O(log kappa(S) + log log 1/eps) steps
 #     conjugate gradient: the least error on the examples that a method can reach which multiplies
-#         by S once a step; 0 after d steps. It is our *control*: whatever CG does, too, is no
-#         evidence for Newton.
+#         by S once a step; the least of all after d steps. It is our *control*: whatever CG does,
+#         too, is no evidence for Newton.
 
 # Newton looks for the inverse of S. Let R_k = I - S M_k be what is missing from it. Then
 #     R_{k+1} = I - S (2 M_k - M_k S M_k) = (I - S M_k)^2 = R_k^2,
@@ -154,7 +154,7 @@ def fresh_prompts(config, count, purpose):
 
 # A method takes S (..., d, d), b (..., d) and returns the w of all steps: (steps+1, ..., d).
 
-TINY = 1e-30  # keeps zeros, such as the empty prefix's S, out of divisions and logarithms
+TINY = 1e-30  # keeps zeros out of divisions and logarithms
 
 
 def prefix_moments(xs, ys, ridge=0.0):
@@ -162,7 +162,7 @@ def prefix_moments(xs, ys, ridge=0.0):
     xs, ys = xs.double(), ys.double()
     S = (xs[..., :, None] * xs[..., None, :]).cumsum(1)  # of t + 1 examples, at entry t
     b = (ys[..., None] * xs).cumsum(1)
-    # Shifted by one: no prediction may see its own answer, and nothing is known at t = 0.
+    # Shifted by one: no prediction may see its own answer.
     S, b = F.pad(S[:, :-1], (0, 0, 0, 0, 1, 0)), F.pad(b[:, :-1], (0, 0, 1, 0))
     return S + ridge * torch.eye(xs.shape[-1]).to(S), b
 
@@ -203,7 +203,7 @@ def newton_start(S):
     """A safe alpha for M_0 = alpha S (..., d, d): (..., 1, 1), finite for S = 0 too.
 
     At most 1/lambda_max(S)^2, so that no eigenvalue of R_0 = I - alpha S^2 is negative; not much
-    less, since every halving costs a step. The authors' code has this one, too."""
+    less, since every halving costs a step. Frobenius norm, as in the authors' code."""
     return 1 / torch.linalg.matrix_norm(S @ S.mT, keepdim=True).clamp_min(TINY)
 
 
@@ -243,7 +243,7 @@ def conjugate_gradient(S, b, steps):
 
 # Its first task is a copy: y_i must meet its x_i, one token to the left. Learned position by
 # position, that copy is where training got stuck. Sinusoids make it one task: a step to the
-# left rotates the code alike everywhere. So positions *start* as sinusoids, and learn.
+# left rotates the code alike everywhere. So positions *start* as sinusoids.
 
 def interleave(xs, ys):
     """(prompts, n+1, d), (prompts, n+1) -> tokens x_1, y_1, x_2, ...: (prompts, 2n+1, d).
@@ -284,7 +284,7 @@ class Transformer(nn.Module):
         yield h
         for attention, (up, down) in zip(self.attention.unbind(), self.mlp.unbind()):
             h = h + self.attend(normalize(h), attention)
-            h = h + F.silu(normalize(h) @ up.mT) @ down  # (P, T, W) -> (P, T, 2W) -> (P, T, W)
+            h = h + F.silu(normalize(h) @ up.mT) @ down  # (P, T, 2W), then (P, T, W)
             yield h
 
     def attend(self, h, weights):
@@ -307,8 +307,8 @@ class Transformer(nn.Module):
 
 
 # %% 5. Training
-# The paper's Adam takes hundreds of thousands of steps (`--recipe fu`). Three changes make
-# them thousands. First the loss. With e_t the error after t examples, it is
+# The paper's Adam (`--recipe fu`) takes hundreds of thousands of steps. Three changes make them
+# thousands. First the loss. With e_t the error after t examples, it is
 #     mean over t of  sqrt( mean over prompts of |e_t|^1.5 ).
 # Early errors, a thousand times larger, no method can avoid; the late ones show how well a
 # network computes: the root lets them count. And |e|^1.5, since among squares a few unlucky
@@ -402,8 +402,8 @@ def train(config):
 
 
 # %% 6. What does each layer know? (Fu, section 4.1)
-# Fit, for every layer of the frozen network, the linear readout of its state that predicts best,
-# on other prompts than those that judge, and on many: its own error must be the smaller one.
+# Fit, for every layer of the frozen network, the best linear readout of its state, on prompts
+# other than those that judge; on many, so that the fit's own error stays below the layer's.
 
 def least_squares_readout(H, y):
     """The r of least ||H r - y||, float64: H (..., samples, width), y (samples,) -> (..., width).
@@ -418,8 +418,8 @@ def read_layers(model, fitting, prompts):
 
     fitting, prompts: pairs (xs, ys). One readout a layer, for all t, is fitted on the first."""
     pairs = [[z.to(model.read_out.device) for z in pair] for pair in (fitting, prompts)]
-    # All layers' states and a constant 1, twice (L+1, prompts, n+1, W+1).
-    H, judged = (F.pad(model.states(*pair).double().cpu(), (0, 1), value=1.0) for pair in pairs)
+    states = [model.states(*pair).double().cpu() for pair in pairs]
+    H, judged = (F.pad(z, (0, 1), value=1.0) for z in states)  # and a constant 1: W+1
     readouts = least_squares_readout(H.flatten(1, 2), fitting[1].double().flatten())
     return torch.einsum("lptw,lw->lpt", judged, readouts)
 
@@ -447,14 +447,14 @@ def study(config):
 # %% 7. Two rulers
 # How many steps of Newton is a layer worth? *Similarity* (Fu, section 4.1) asks which step
 # makes the most similar errors: the cosine between the vectors of errors that two learners
-# make on a prompt, over the prefixes t = 1..n. (At t = 0 nobody knows anything; the authors'
-# code counts it.) *Equal error* asks after how many steps Newton errs as little as the layer.
-# Any learner can stand in the layer's place, and a known one should: Newton must give 0, 1, 2.
+# make on a prompt, over t = 1..n. (The authors' code counts t = 0, too, where nobody knows
+# anything.) *Equal error* asks after how many steps Newton errs as little as the layer. Any
+# learner can stand in the layer's place, and a known one should: Newton must give 0, 1, 2.
 
 def similarity_of_errors(traj_a, traj_b, ys):
     """Fu's SimE: cosines of prediction - y over t = 1..n, averaged over prompts, in float64.
 
-    (A, prompts, n+1), (B, prompts, n+1) -> (A, B), all pairs of steps; no error counts as 0."""
+    (A, prompts, n+1), (B, prompts, n+1) -> (A, B), all pairs of steps; zero errors score 0."""
     a, b = (F.normalize((z.double() - ys)[..., 1:], dim=-1) for z in (traj_a, traj_b))
     return torch.einsum("apt,bpt->ab", a, b) / ys.shape[0]
 
@@ -513,8 +513,8 @@ def climb(config, learner):
 
     Steps of Newton and of GD by similarity, steps of Newton by equal error after n examples."""
     s, curves, own = study(config), learning_curves(config, config.n), slice(1, config.layers + 1)
-    to_newton, to_gd = (similarity_of_errors(s.runs[learner][own], s.runs[k], s.ys).argmax(1)
-                        for k in ("Newton", "GD"))
+    to_newton = similarity_of_errors(s.runs[learner][own], s.runs["Newton"], s.ys).argmax(1)
+    to_gd = similarity_of_errors(s.runs[learner][own], s.runs["GD"], s.ys).argmax(1)
     equal = equal_error_steps(curves[learner][own], STEPS["Newton"], curves["Newton"])
     return to_newton.numpy(), np.array(STEPS["GD"])[to_gd], equal
 
@@ -560,7 +560,7 @@ def convergence(config, sheet):
 # What is similarity made of? Most of an error no method can avoid: t < d examples do not
 # determine w*. So a *null* takes each layer's best Newton step and adds the deviations from
 # it that the layer shows on *another* prompt. Small deviations score high, whatever their
-# direction: only what a layer scores above its null is resemblance.
+# direction: a score at its null says how small they are, no more.
 
 def null_similarity(layers, newton_run, ys):
     """SimE (L,) of layers (L, P, n+1) with their best Newton steps, deviations shuffled."""
@@ -585,7 +585,7 @@ def heatmaps(config, sheet):
             ax.plot(x, similarity.argmax(1), "ow", markeredgecolor="black", label="best step")
             ax.set_yticks(range(0, len(steps), 4), steps[::4])
     null = null_similarity(layers, newton_run, s.ys)
-    late = similarity_of_errors(layers[..., d:], newton_run[..., d:], s.ys[:, d:])
+    late = similarity_of_errors(layers[..., d:], newton_run[..., d:], s.ys[:, d:])  # drops t = d
     curve(axes[2], "shuffled null", null)
     curve(axes[2], "Newton, t > d alone", late.amax(1), style=":")
     axes[2].set(ylabel="similarity of errors", ylim=(0, 1.03))
@@ -607,7 +607,7 @@ def heatmaps(config, sheet):
 # method of one such step a layer does what the layers do; if D*(l) <= l, one may.
 
 # Not covered is CG, which finds its sizes on the prompt: it is drawn beside. Newton's D* is but
-# 2^(k/4) at first: k steps reach lambda_max 2^(-k/2), D of Chebyshev's lambda_max/D^2.
+# 2^(k/4) at first: k steps reach lambda_max 2^(-k/2), the best D fixed ones lambda_max/D^2.
 
 MOST_STEPS = 128
 
@@ -615,12 +615,12 @@ MOST_STEPS = 128
 def polynomial_features(xs, ys, t):
     """x_q^T T_j(2 S/lambda_max - I) b/lambda_max after t examples, j < 128: (prompts, 128).
 
-    T_j are Chebyshev's polynomials: the span of powers of S, but far better conditioned."""
-    X, x_q = xs[:, :t].double(), xs[:, t].double()
+    T_j, Chebyshev's polynomials, span the powers of S and are far better conditioned."""
+    X, x_q, y = xs[:, :t].double(), xs[:, t].double(), ys[:, :t].double()
     eigenvalues, U = torch.linalg.eigh(X.mT @ X)
     largest = eigenvalues[:, -1:]
     # x_q^T T_j(S) b sums, over eigenvectors u, T_j(lambda) (u.x_q) (u.b).
-    products = times(U.mT, x_q) * times(U.mT, times(X.mT, ys[:, :t].double())) / largest
+    products = times(U.mT, x_q) * times(U.mT, times(X.mT, y)) / largest
     T = np.polynomial.chebyshev.chebvander(2 * eigenvalues / largest - 1, MOST_STEPS - 1)
     return torch.einsum("pd,pdj->pj", products, torch.from_numpy(T))
 
@@ -654,7 +654,8 @@ def products(config, sheet):
 
 
 # %% 10. Ill-conditioned data (Fu, section 4.3)
-# For one error GD may need kappa times the steps, Newton 2 log2 kappa more. (Fu: 2,000; 21.)
+# For the same error GD may need kappa times the steps, Newton 2 log2 kappa more. (The paper,
+# at kappa = 100: over 2,000 steps of GD, 21 of Newton.)
 
 def conditioning(config, sheet):
     """Fu, figures 4, 16: errors at kappa 1 and 100; which steps err as the last layers do."""
@@ -671,20 +672,19 @@ def conditioning(config, sheet):
 
 
 # %% What Part I found (three networks; README has the table)
-# The layers climb Newton's ladder as the paper's do: two steps each, while GD's steps double. CG,
-# a strong first-order method, starts faster, and flattens where the layers go on; but by size of
-# error it is ahead of them. After d examples the last layer errs less than any method of as many
-# first-order steps with sizes fixed in units of 1/lambda_max; after n it ties. And similarity
-# says little: deviations from other prompts score nearly the same, and so does GD. So a layer is
-# as *fast* as one or two steps of Newton. That it *is* Newton does not follow from its rate.
+# By similarity a layer climbs two of Newton's steps, nearly as the paper's do, while GD's steps
+# double. CG, a strong first-order method, starts faster, and flattens where the layers go on;
+# but by size of error it is ahead of them. After d examples the last layer errs less than any
+# method of as many first-order steps with sizes fixed in units of 1/lambda_max; after n it ties.
+# Similarity says little: deviations from other prompts score nearly the same, and so does GD. So
+# a layer is as *fast* as one or two steps of Newton, which does not show that it *is* Newton.
 
 
 # %% Part II, theory that runs. 11. Newton's weights, written by hand (Fu, theorem 5.1)
-# Why is Newton possible in attention at all? Because attention makes sums over examples. Let
-# an example be one token [T x_j ; x_j ; y_j], where T is to become M. Attention has ReLU in
-# place of softmax, and two heads of opposite sign: ReLU(s) - ReLU(-s) = s. (The printed proof
-# gives both values one sign, which makes |s|, and scores <T x_j, x_t>, which make T S T^T.)
-# With j over the examples:
+# Newton is possible in attention because attention makes sums over examples. Let an example be
+# one token [T x_j ; x_j ; y_j], where T is to become M. Attention has ReLU in place of softmax,
+# and two heads of opposite sign: ReLU(s) - ReLU(-s) = s. (The printed proof gives both values
+# one sign, which makes |s|, and scores <T x_j, x_t>, which make T S T^T.) With j over examples:
 #     first layer    T = alpha S      adds alpha sum_j x_j <x_j, x_t> to the top block
 #     Newton layer   T <- 2T - T S T  adds -1/2 T S T x_t to it, and the MLP doubles it
 #     readout layer  x_q^T T b        adds sum_j y_j <T x_j, x_q> to the query's empty y
@@ -880,7 +880,7 @@ def make_sheet(*titles, **settings):
 
 
 def curve(ax, label, y, x=None, style="-"):
-    """A line in the look of the label's first word; x defaults to 1, 2, ..."""
+    """A line in the look of its label's first word; x defaults to 1, 2, ..."""
     color, mark = LOOK[label.split()[0].rstrip(",")]
     x = range(1, len(y) + 1) if x is None else x
     ax.plot(x, y, mark + style, color=color, label=label)
