@@ -647,7 +647,7 @@ def test_planted_learners(name, plant):
         z |= {key: np.asarray(number, dtype=float).tolist() for key, number in numbers.items()}
         title.format(**z)
     _, (fitting, _), (judged, _) = calls[0].args
-    assert len(fitting) == 4 * len(judged) == 1200 and not torch.equal(fitting[:300], judged)
+    assert len(fitting) == 4 * len(judged) == 1200 and torch.isin(judged, fitting).float().mean() < 0.01
     s = lib.study(config)
     errors = (s.runs["Transformer"] - s.ys).square().mean(1).clamp_min(1e-300)  # (L+1, n+1)
     near(z["like_newton"], [1 - z["last"][1], 1 - z["last"][0]], "GD's distance to beat", 1e-6)
