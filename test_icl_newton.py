@@ -648,7 +648,9 @@ def test_planted_learners(name, plant):
         title.format(**z)
     _, (fitting, _), (judged, _) = calls[0].args
     assert len(fitting) == 4 * len(judged) == 1200 and torch.isin(judged, fitting).float().mean() < 0.01
-    s = lib.study(config)
+    s, noisy = lib.study(config), lib.study(dataclasses.replace(config, noise=0.1))
+    ridged = lib.ols(*lib.prefix_moments(noisy.xs, noisy.ys, 0.01))
+    near(noisy.least_squares, lib.predict(ridged, noisy.xs), "ridge is noise^2")
     errors = (s.runs["Transformer"] - s.ys).square().mean(1).clamp_min(1e-300)  # (L+1, n+1)
     near(z["like_newton"], [1 - z["last"][1], 1 - z["last"][0]], "GD's distance to beat", 1e-6)
     near(z["error"], errors[-1, 18] / 9, "the last layer's error after n examples", 1e-6)
