@@ -652,10 +652,15 @@ def test_planted_learners(name, plant):
     ridged = lib.ols(*lib.prefix_moments(noisy.xs, noisy.ys, 0.01))
     near(noisy.least_squares, lib.predict(ridged, noisy.xs), "ridge is noise^2")
     errors = (s.runs["Transformer"] - s.ys).square().mean(1).clamp_min(1e-300)  # (L+1, n+1)
+    slow = [lib.similarity_of_errors(s.runs["Transformer"][-1:], s.runs[k], s.ys).max() for k in ("Newton", "GD")]
+    near(z["last"][:2], slow, "the last layer's similarities", 1e-6)
     near(z["like_newton"], [1 - z["last"][1], 1 - z["last"][0]], "GD's distance to beat", 1e-6)
     near(z["error"], errors[-1, 18] / 9, "the last layer's error after n examples", 1e-6)
     digits = -errors[:, 18].log10().diff()
     near(z["superlinear"], [digits[5:].mean(), max(digits[2:5].mean(), 0.1)], "layers 6-8, 3-5", 1e-6)
+    for key, steps, order in (("newton_line", "newton_steps", 1), ("gd_exponential", "gd_steps", -1)):
+        fits = [lib.line_fit(y)[1] for y in (z[steps], np.log2(np.maximum(z[steps], 1)))]
+        near(z[key], fits[::order], "R^2: its shape; its rival", 1e-6)
     for key, t in (("products_d", 9), ("products_n", 18)):
         worth = lib.equal_error_steps(errors[-1, t], range(129), lib.polynomial_errors(config, t))
         near(z[key], [worth, L], "products; layers", 1e-6)
@@ -664,15 +669,12 @@ def test_planted_learners(name, plant):
     steps = np.arange(1, L + 1)
     if name == "Newton":
         near(z["newton_steps"], steps, "Newton matches itself")
-        near(z["newton_line"], [1, lib.line_fit(np.log2(steps))[1]], "R^2: line, exponential", 1e-6)
         near([z["newton_rate"][0], z["equal_rate"][0], z["last"][0], z["last"][2]], [1] * 4, "self", 1e-6)
         near([z["worth"][0], z["kappas"][0], z["kappas"][2]], [L] * 3, "it errs as its own step", 1e-6)
         assert {"newton_line", "like_newton"} <= holds
     elif name == "GD":
         near(np.array(z["gd_steps"])[[0, 1, 3, 7]], [1, 2, 4, 8], "these match themselves")
-        fits = [lib.line_fit(y)[1] for y in (np.log2(z["gd_steps"]), z["gd_steps"])]
-        near([*z["gd_exponential"], z["last"][1]], [*fits, 1], "R^2: exponential, line; self", 1e-6)
-        near([z["worth"][2], *z["kappa_gd"]], [L, L, 4 * L], "it errs as its own step", 1e-6)
+        near([z["last"][1], z["worth"][2], *z["kappa_gd"]], [1, L, L, 4 * L], "as its own step", 1e-6)
         assert z["products_n"][0] <= L + 0.1, "GD is worth one product a step, or less"
         assert not {"like_newton", "newton_rate", "equal_rate", "products_n", "kappa_gd"} & holds
     elif name == "CG":
