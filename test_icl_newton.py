@@ -809,6 +809,8 @@ def test_input_and_exit_statuses(tmp_path, monkeypatch, capsys, plant):
         plant("run", error("x"))
         assert lib.main(["--figures", "rates"]) == (130 if error is KeyboardInterrupt else 1)
         assert capsys.readouterr().err.strip().count("\n") == 0
+    with mock.patch.object(os, "access", return_value=False), pytest.raises(SystemExit, match="2"):
+        lib.main([])
 
 
 @pytest.mark.parametrize("law", [dict(kappa=1e6), dict(seed=10**9), dict(noise=1e3, prompts=2), dict(d=2, n=4)])
