@@ -762,10 +762,10 @@ def test_theory_experiments(plant):
     for experiment, key in ((lib.by_hand, "by_hand"), (lib.preconditioners, "ahn_one")):
         found, bound = experiment(tiny(), functools.cache(lib.make_sheet))[2][key]
         assert found < bound < 0.05
-    path = torch.ones(2, 50) * 0.01  # above a tenth of 1: feature 1 for 5 steps, the others for 40
-    path[0, :5] = path[1, :40] = 1
+    path = torch.ones(2, 50) * 0.01  # above a tenth of 1: feature 1 for 5 steps, the others for 45
+    path[0, :5], path[1, :40], path[1, 40:45] = 1, 1, 0.2
     plant("train_attention", lambda *args: path)
-    assert lib.stages(tiny(), functools.cache(lib.make_sheet))[2]["huang"] == (8, 5)
+    assert lib.stages(tiny(), functools.cache(lib.make_sheet))[2]["huang"] == (9, 5)
 
 
 def test_a_run_of_several_seeds(capsys, tmp_path, monkeypatch):
@@ -794,7 +794,7 @@ def test_input_and_exit_statuses(tmp_path, monkeypatch, capsys, plant):
     Path("a_file").write_text("mine")
     for bad in """figures x|no_such 1|d 1|n 6|steps x|noise -1|kappa .5|muon_lr nan|heads 3|d 9e9|
             preset x|device x|recipe x|layers 3|batch 0|curriculum 200|muon_lr inf|seeds 0|prompts 1|
-            preset quick,small|out a_file/x|checkpoints a_file|seed -1|curriculum -1|muon_lr 0|steps 9|
+            preset quick,small|out a_file/x|checkpoints a_file|seed -1|curriculum -1|muon_lr 0|steps 216|
             seed 9237203685|seed 1000000000 --seeds 2|kappa 1e39|noise 1e30|width 1e3|tuning -1|figures rates,|seed 1e3""".split("|"):
         with pytest.raises(SystemExit, match="2"):
             lib.main(f"--{bad.strip()}".split())
