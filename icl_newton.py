@@ -833,17 +833,17 @@ def stages(config, sheet):
 # A claim: what was measured against what it must beat, a control or a number fixed in advance.
 
 CLAIMS = {  # key: (what is measured; what it must beat, the relation)
-    "superlinear": ("fig. 2: digits gained a layer, late; early (or 0.1)", ">"),
+    "superlinear": ("fig. 2: digits gained late; early (or 0.1)", ">"),
     "newton_rate": ("fig. 3: Newton steps a layer (2.93); a step of CG", ">"),
     "equal_rate": ("the same by size of error after n examples", ">"),
-    "newton_line": ("fig. 3: Newton's steps: R^2 of a line; an exponential", ">"),
-    "gd_exponential": ("fig. 3: GD's steps: R^2 of an exponential; a line", ">"),
-    "like_newton": ("tab. 1: 1 - similarity, to GD (.043); to Newton (.009)", ">"),
+    "newton_line": ("fig. 3: R^2 of Newton's steps: line; exponential", ">"),
+    "gd_exponential": ("fig. 3: R^2 of GD's steps: exponential; line", ">"),
+    "like_newton": ("1 - similarity: GD (.043); Newton (.009)", ">"),
     "like_ols": ("similarity to least squares; our goal", ">"),
     "products_d": ("first-order steps it is worth after d; layers", ">"),
     "products_n": ("the same after n examples", ">"),
     "kappa_gd": ("fig. 4: its GD steps at kappa 100; 4 times those at 1", ">"),
-    "by_hand": ("thm. 5.1: hand-written weights, distance from Newton", "<"),
+    "by_hand": ("thm. 5.1: weights by hand, distance from Newton", "<"),
     "ahn_one": ("Ahn, thm. 1: a fitted layer, distance from the theory", "<"),
     "huang": ("Huang: how many times later other features are learned", ">")}
 
