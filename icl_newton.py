@@ -360,10 +360,11 @@ def training_step(model, optimizers, config, step, generator):
     n = config.n if d == config.d else min(2 * d + 2, config.n)
     xs, ys = sample_prompts(config.batch, n, d, config.kappa, config.noise, generator)
     error = model(F.pad(xs, (0, config.d - d)), ys) - ys  # inactive dimensions are 0
-    loss = error.abs().clamp_min(TINY).pow(1.5).mean(0).sqrt().mean()
-    factor = min((step + 1) / 100, 1) * (1 - step / config.steps)  # of the step sizes
     if config.recipe == "fu":
         loss, factor = error.square().mean(), 1
+    else:
+        loss = error.abs().clamp_min(TINY).pow(1.5).mean(0).sqrt().mean()
+        factor = min((step + 1) / 100, 1) * (1 - step / config.steps)  # of the step sizes
     loss.backward()
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
@@ -424,8 +425,8 @@ def read_layers(model, fitting, prompts):
     return torch.einsum("lptw,lw->lpt", judged, readouts)
 
 
-STEPS = {"Newton": range(33), "CG": range(25), "GD": [0, *(2**k for k in range(17))],
-         "Transformer": range(65)}  # how many steps each entry of a trajectory stands for
+# How many steps each entry of a method's trajectory stands for; a network's: 0, 1, 2, ...
+STEPS = {"Newton": range(33), "CG": range(25), "GD": [0, *(2**k for k in range(17))]}
 
 
 @functools.cache
@@ -504,7 +505,7 @@ def learning_curves(config, t, ax=None):
     curves = {k: (run[..., t] - s.ys[:, t]).square().mean(1) for k, run in s.runs.items()}
     for name, errors in curves.items():
         if ax:
-            curve(ax, name, errors / config.d, STEPS[name][: len(errors)])
+            curve(ax, name, errors / config.d, STEPS.get(name, range(len(errors))))
     return curves
 
 
@@ -533,7 +534,7 @@ def rates(config, sheet):
     to_newton, to_gd, equal = climbs["Transformer"]
     cg, _, cg_equal = (steps[: config.d - 1] for steps in climbs["CG"])
     title = "A layer climbs {newton_rate[0]:.1f} Newton steps, a step of CG {newton_rate[1]:.1f}"
-    return axes, title + "; by size of error {equal_rate[0]:.1f} and {equal_rate[1]:.1f}", {
+    return axes, title + "; by size of error after n {equal_rate[0]:.1f}, {equal_rate[1]:.1f}", {
         "newton_rate": (line_fit(to_newton)[0], line_fit(cg, 1)[0]),
         "equal_rate": (line_fit(equal)[0], line_fit(cg_equal, 1)[0]),
         "newton_line": (line_fit(to_newton)[1], line_fit(doublings(to_newton))[1]),
@@ -543,7 +544,7 @@ def rates(config, sheet):
 
 def convergence(config, sheet):
     """Fu, figure 2: squared error of all four learners, against the layer or step."""
-    axes = sheet(f"after all {config.n}", f"after d + 2 = {config.d + 2} examples", yscale="log",
+    axes = sheet(f"after all {config.n} examples", f"after d + 2 = {config.d + 2}", yscale="log",
                  xlabel="layer or step", ylabel="squared error / d", xlim=(0, 24), ylim=(1e-7, 2))
     learning_curves(config, config.d + 2, axes[1])
     curves = learning_curves(config, config.n, axes[0])
@@ -562,9 +563,8 @@ def convergence(config, sheet):
 # it that the layer shows on *another* prompt. Small deviations score high, whatever their
 # direction: a score at its null says how small they are, no more.
 
-def null_similarity(layers, newton_run, ys):
-    """SimE (L,) of layers (L, P, n+1) with their best Newton steps, deviations shuffled."""
-    steps = newton_run[similarity_of_errors(layers, newton_run, ys).argmax(1)]  # (L, P, n+1)
+def null_similarity(layers, steps, ys):
+    """SimE (L,) of layers (L, P, n+1) with steps (L, P, n+1), deviations shuffled."""
     deviations = (layers - steps).roll(1, dims=1)  # prompts are independent: the previous one's
     return similarity_of_errors(steps + deviations, steps, ys).diagonal()
 
@@ -584,7 +584,7 @@ def heatmaps(config, sheet):
             ax.figure.colorbar(mesh, ax=ax, label="similarity of errors")
             ax.plot(x, similarity.argmax(1), "ow", markeredgecolor="black", label="best step")
             ax.set_yticks(range(0, len(steps), 4), steps[::4])
-    null = null_similarity(layers, newton_run, s.ys)
+    null = null_similarity(layers, newton_run[alike["Newton"].argmax(1)], s.ys)
     late = similarity_of_errors(layers[..., d:], newton_run[..., d:], s.ys[:, d:])  # drops t = d
     curve(axes[2], "shuffled null", null)
     curve(axes[2], "Newton, t > d alone", late.amax(1), style=":")
@@ -620,9 +620,9 @@ def polynomial_features(xs, ys, t):
     eigenvalues, U = torch.linalg.eigh(X.mT @ X)
     largest = eigenvalues[:, -1:]
     # x_q^T T_j(S) b sums, over eigenvectors u, T_j(lambda) (u.x_q) (u.b).
-    products = times(U.mT, x_q) * times(U.mT, times(X.mT, y)) / largest
+    overlaps = times(U.mT, x_q) * times(U.mT, times(X.mT, y)) / largest
     T = np.polynomial.chebyshev.chebvander(2 * eigenvalues / largest - 1, MOST_STEPS - 1)
-    return torch.einsum("pd,pdj->pj", products, torch.from_numpy(T))
+    return torch.einsum("pd,pdj->pj", overlaps, torch.from_numpy(T))
 
 
 def polynomial_errors(config, t):
@@ -916,10 +916,10 @@ class Checkpoint:
     def __init__(self, config, model, optimizers, generator):
         self.parts, self.generator = [model, *optimizers], generator
         # Code is known by what it does: try the first and the last step on a copy.
-        other, *optimizers = copy.deepcopy(self.parts)
+        other, *its_optimizers = copy.deepcopy(self.parts)
         twin = torch.Generator(generator.device).manual_seed(0)
         for step in (0, config.steps - 1):
-            training_step(other, optimizers, config, step, twin)
+            training_step(other, its_optimizers, config, step, twin)
         sums = [z.detach().double().sum().item() for m in (model, other) for z in m.parameters()]
         settings = {k: v for k, v in vars(config).items() if k not in NOT_OF_WEIGHTS}
         all_of_it = settings, sums, torch.__version__, torch.get_num_threads(), generator.device

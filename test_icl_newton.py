@@ -339,14 +339,14 @@ def write_homework(folder):
     """The student's folder, and <folder>-LECTURERS.md beside it. ValueError if there is work."""
     folder = Path(folder).resolve()
     lecturers = folder.with_name(folder.name + "-LECTURERS.md")
-    if lecturers.exists() or folder.exists() or folder.name[:1] in "-":
-        raise ValueError(f"{folder} or {lecturers.name} exists, or is no folder: nothing is written")
+    if lecturers.exists() or folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} has work in it, or {lecturers.name} exists: nothing is written")
     tests = Path(__file__).read_text("utf-8").split("\n# For lecturers")[0].rstrip("-# \n") + "\n"
     files = {"icl_newton.py": TEXT, "test_icl_newton.py": tests}
     files |= {f"SHEET{sheet[0][0]}.md": sheet_text(sheet, False) for sheet in SHEETS}
     for name, head in HEADS.items():
         files["icl_newton.py"] = files["icl_newton.py"].replace(head + ANSWERS[name], head + STUBS[name])
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / name).write_text(text, "utf-8")
     solutions = "\n\n".join(HEADS[name] + ANSWERS[name] for name in HEADS)
@@ -374,6 +374,7 @@ def test_homework(tmp_path):
     for bad in ("week1", "week1-LECTURERS.md", "--help", ""):  # work in it; a file; no folder
         run = shell(tmp_path, __file__, *bad.split())
         assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    assert len(list(tmp_path.iterdir())) == 2, "nothing else is written"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -712,9 +713,8 @@ def test_rulers_by_hand():
 
 def test_the_null_gives_deviations_to_other_prompts():
     ys, error = draws(2000, 5), draws(1, 2000, 5)
-    newton = torch.cat([ys + error, ys + draws(1, 2000, 5)])
     for size, least, most in ((0.001, 0.999, 1.001), (0.5, 0.85, 0.95)):  # cos = 1/sqrt(1 + size^2)
-        found = lib.null_similarity(ys + error * (1 + size), newton, ys)
+        found = lib.null_similarity(ys + error * (1 + size), ys + error, ys)
         assert least < found < most, "its own deviation would score 1: take another prompt's"
 
 
@@ -839,7 +839,9 @@ def test_the_readme_has_the_committed_table():
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(print("usage: python test_icl_newton.py FOLDER", file=sys.stderr) or 2)
     try:
-        write_homework(*sys.argv[1:])
-    except (ValueError, TypeError) as error:
-        sys.exit(print(f"usage: python test_icl_newton.py FOLDER; {error}", file=sys.stderr) or 2)
+        write_homework(sys.argv[1])
+    except ValueError as error:
+        sys.exit(print(error, file=sys.stderr) or 2)
