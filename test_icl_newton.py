@@ -15,11 +15,10 @@ import icl_newton
 SEED = int(os.environ.get("ICL_SEED", torch.seed() % 10**6))
 torch.set_num_threads(1)  # small tensors: a second thread would only wait
 
-EXERCISES = {  # number, function: minutes, points
-    (1, "sample_prompts"): (30, 10), (2, "gradient_descent"): (25, 10), (3, "newton_start"): (15, 5),
-    (4, "newton"): (30, 15), (5, "interleave"): (15, 5), (6, "least_squares_readout"): (20, 10),
-    (7, "similarity_of_errors"): (20, 10), (8, "linear_heads"): (15, 5), (9, "newton_layer"): (45, 15),
-    (10, "optimal_preconditioner"): (45, 15)}
+EXERCISES = {1: ("sample_prompts", 10), 2: ("gradient_descent", 10), 3: ("newton_start", 5),  # points
+             4: ("newton", 15), 5: ("interleave", 5), 6: ("least_squares_readout", 10),
+             7: ("similarity_of_errors", 10), 8: ("linear_heads", 5), 9: ("newton_layer", 15),
+             10: ("optimal_preconditioner", 15)}
 pytest_plugins = __name__  # makes pytest call this file's hooks, the two functions below
 
 
@@ -34,7 +33,7 @@ def pytest_terminal_summary(terminalreporter):
     """A line for every exercise that was run: its points, and the first thing that is wrong."""
     reports = [z for k in ("failed", "error", "passed") for z in terminalreporter.stats.get(k, [])]
     got = most = 0
-    for (number, name), (_, points) in EXERCISES.items():
+    for number, (name, points) in EXERCISES.items():
         if mine := [z for z in reports if f"test_ex{number:02}" in z.nodeid]:
             crash = getattr(mine[0].longrepr, "reprcrash", None)
             said, score = crash and crash.message.splitlines()[0], 0 if crash else points
@@ -46,10 +45,11 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(autouse=True)
-def icl():
-    """The program. Every test starts from the run's seed, so that ICL_SEED repeats it alone."""
+def icl(tmp_path, monkeypatch):
+    """The program. Every test starts from the run's seed, in an empty folder."""
     print(f"ICL_SEED={SEED}")
     torch.manual_seed(SEED)
+    monkeypatch.chdir(tmp_path)
     return icl_newton
 
 
@@ -260,98 +260,96 @@ def test_ex10_optimal_preconditioner(icl):
 # ------------------------------------------------------------------------------------------------
 # For lecturers (the student's copy ends above). Homework: python test_icl_newton.py FOLDER
 
-import ast
-import contextlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-PROGRAM = Path(__file__).with_name("icl_newton.py")
-TEXT = PROGRAM.read_text("utf-8")
-NUMBERS = {name: number for number, name in EXERCISES}
-HEADS, ANSWERS, STUBS = {}, {}, {}  # of each function: to the docstring's end; the rest; no answer
-for f in ast.parse(TEXT).body:
-    if (name := getattr(f, "name", None)) in NUMBERS:
-        lines, start = TEXT.splitlines(keepends=True), f.body[0].end_lineno
-        HEADS[name] = "".join(lines[f.lineno - 1 : start])
-        ANSWERS[name] = "".join(lines[start : f.end_lineno])
-        STUBS[name] = f'    raise NotImplementedError("exercise {NUMBERS[name]}: {name}")\n'
+PROGRAM = Path(__file__).resolve().with_name("icl_newton.py")
+TEXTS, STUBS = {}, {}  # of each exercise: the function; the same to its docstring's end
+for number, (name, *_) in EXERCISES.items():
+    TEXTS[name] = inspect.getsource(getattr(icl_newton, name))
+    head, docstring, _ = TEXTS[name].split('"""')
+    STUBS[name] = f'{head}"""{docstring}"""\n    raise NotImplementedError("exercise {number}: {name}")\n'
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_an_exercise_needs_no_other_and_is_not_empty(name):
-    for answers in (STUBS | {name: ANSWERS[name]}, ANSWERS | {name: STUBS[name]}):
-        module, passed = SimpleNamespace(**vars(icl_newton)), answers[name] == ANSWERS[name]
-        exec("".join(HEADS[z] + answers[z] for z in HEADS), vars(module))
-        for test in [z for key, z in globals().items() if f"test_ex{NUMBERS[name]:02}" in key]:
-            with contextlib.nullcontext() if passed else pytest.raises(NotImplementedError):
-                test(module)
+@pytest.mark.parametrize("number", EXERCISES)
+def test_an_exercise_needs_no_other_and_is_not_empty(number):
+    name = EXERCISES[number][0]
+    alone, empty = (SimpleNamespace(**vars(icl_newton)) for _ in range(2))
+    exec("".join((STUBS | {name: TEXTS[name]}).values()), vars(alone))
+    exec(STUBS[name], vars(empty))
+    for test in [z for key, z in globals().items() if f"test_ex{number:02}" in key]:
+        test(alone)
+        with pytest.raises(NotImplementedError):
+            test(empty)
 
 
-SHEETS = [  # title, exercises, what to read, what for, predictions and a paragraph with their answers
-    ("1. How fast does Newton converge?", (1, 4), "sections 1 to 3 of icl_newton.py (25 minutes)",
-     "derive why Newton's digits double, and say how many more steps gradient descent needs and why", [
-     "Predict: halve alpha in Newton's start, and eta in GD. How many more steps does each need?",
-     "Newton about one, whatever the number: 2^k takes the factor in a step. GD twice as many.",
-     "Predict: for condition number 100 of S, not 1, how many more steps until *all* directions are found?",
-     "GD 100 times as many, Newton 2 log2 100 = 13 more: 2^k = kappa^2. For a large error fewer.",
-     "A paragraph: R_k is squared in every step, yet the first hardly lower the error. What do they gain?",
-     "The share left is (1 - alpha lambda^2)^(2^k): each step widens the set of directions found, lambda "
-     "> lambda_max 2^(-k/2); digits double once all are found."]),
-    ("2. What does a layer know?", (5, 7), "sections 4 to 9 (35 minutes; sheet 1 is needed)",
-     "read a prediction out of every layer, compare two learners by two rulers, and say what each cannot "
-     "tell. When all passes: `python icl_newton.py --preset quick`, then `--figures rates,products`", [
-     "Predict: a layer's errors have similarity .97 with a Newton step's. Is the layer a Newton step?",
-     "At t < d most of an error no method can avoid; deviations shuffled over prompts score nearly so.",
-     "Predict: put conjugate gradient in the layers' place. Which Newton step is its step 4 like at d = 20?",
-     "About 8, though it is first-order; later its steps are worth less and less: its curve is concave.",
-     "A paragraph: from your own `rates` and `products`, is a layer a Newton step? Give numbers for and "
-     "against, and say what a second seed would have to show.",
-     "Looked for: both rulers, the control CG, and that a rate alone does not identify an algorithm."]),
-    ("3. Weights by hand, weights by theory", (8, 10), "sections 11 to 13 (25 minutes)",
-     "write weights of attention that run Newton's method, and derive what a layer of linear attention "
-     "learns. When all passes: `python icl_newton.py --figures by_hand,preconditioners,stages`", [
-     "Predict: with a causal mask, what goes wrong in the hand-written layers?",
-     "Every x_j would carry its own prefix's T, so the sums are not T S T of one S.",
-     "Predict: with n = 20 examples, does the best A stretch small eigenvalues of Sigma as 1/lambda does?",
-     "Less: the trace of Sigma, over n, is added to each eigenvalue before the inverse.",
-     "A paragraph: derive the A of exercise 10 from the expected loss.",
-     "E (w.x_q - x_q^T A^T S w / n)^2 is quadratic in A; E S^2 = n (n+1) Sigma^2 + n tr(Sigma) Sigma."])]
+SHEETS = """# Three sheets. How Transformers solve regressions
 
-
-def sheet_text(sheet, answered):
-    """A sheet in Markdown; with answers it is for lecturers."""
-    title, (first, last), reading, goal, texts = sheet
-    rows = [(*key, *z) for key, z in EXERCISES.items() if first <= key[0] <= last]
-    table = "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
-    pairs = zip(texts[::2], texts[1::2])
-    questions = "\n".join(f"- {ask}" + f"\n  > {answer}" * answered for ask, answer in pairs)
-    return f"""# {title}\n\nRead {reading}. Afterwards you can {goal}.\n\n{questions}\n
-Predict before you run anything. The paragraph is graded by hand, 5 points. Where icl_newton.py raises
+Predict before you run anything. A paragraph is graded by hand, 5 points. Where icl_newton.py raises
 NotImplementedError, write what the docstring promises, for every argument and on the edges: no example
 yet (S = 0), fewer than d, d = 1, 0 steps. No exercise needs another. `python -m pytest -k test_ex`
-grades all, a line each, `python -m pytest -k ex{first:02}` one.\n
-| number | function | minutes | points |\n|---|---|---|---|\n{table}\n"""
+grades all, a line and its points each, `python -m pytest -k ex04` one.
+
+## 1. How fast does Newton converge? Exercises 1 to 4 (30, 25, 15, 30 minutes)
+
+Read sections 1 to 3 of icl_newton.py (25 minutes). Afterwards you can derive why Newton's digits double,
+and say how many more steps gradient descent needs and why.
+
+- Predict: halve alpha in Newton's start, and eta in GD. How many more steps does each need?
+  > Newton about one, whatever the number: 2^k takes the factor in a step. GD twice as many.
+- Predict: for condition number 100 of S, not 1, how many more steps until *all* directions are found?
+  > GD 100 times as many, Newton 2 log2 100 = 13 more: 2^k = kappa^2. For a large error fewer.
+- A paragraph: R_k is squared in every step, yet the first hardly lower the error. What do they gain?
+  > The share left is (1 - alpha lambda^2)^(2^k): each step widens the set of directions found, lambda
+  > above lambda_max 2^(-k/2); digits double once all are found.
+
+## 2. What does a layer know? Exercises 5 to 7 (15, 20, 20 minutes)
+
+Read sections 4 to 9 (35 minutes; sheet 1 is needed). Afterwards you can read a prediction out of every
+layer, compare two learners by two rulers, and say what each cannot tell. When all passes: `python
+icl_newton.py --preset quick`, then `--figures rates,products`.
+
+- Predict: a layer's errors have similarity .97 with a Newton step's. Is the layer a Newton step?
+  > At t < d most of an error no method can avoid; deviations shuffled over prompts score nearly so.
+- Predict: put conjugate gradient in the layers' place. Which Newton step is its step 4 like at d = 20?
+  > About 8, though it is first-order; later its steps are worth less and less: its curve is concave.
+- A paragraph: from your own `rates` and `products`, is a layer a Newton step? Give numbers for and
+  against, and say what a second seed would have to show.
+  > Looked for: both rulers, the control CG, and that a rate alone does not identify an algorithm.
+
+## 3. Weights by hand, weights by theory. Exercises 8 to 10 (15, 45, 45 minutes)
+
+Read sections 11 to 13 (25 minutes). Afterwards you can write weights of attention that run Newton's
+method, and derive what a layer of linear attention learns. When all passes: `python icl_newton.py
+--figures by_hand,preconditioners,stages`.
+
+- Predict: with a causal mask, what goes wrong in the hand-written layers?
+  > Every x_j would carry its own prefix's T, so the sums are not T S T of one S.
+- Predict: with n = 20 examples, does the best A stretch small eigenvalues of Sigma as 1/lambda does?
+  > Less: the trace of Sigma, over n, is added to each eigenvalue before the inverse.
+- A paragraph: derive the A of exercise 10 from the expected loss.
+  > E (w.x_q - x_q^T A^T S w / n)^2 is quadratic in A; E S^2 = n (n+1) Sigma^2 + n tr(Sigma) Sigma.
+"""
 
 
 def write_homework(folder):
     """The student's folder, and <folder>-LECTURERS.md beside it. ValueError if there is work."""
-    folder = Path(folder).resolve()
-    lecturers = folder.with_name(folder.name + "-LECTURERS.md")
-    if lecturers.exists() or folder.is_file() or folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} has work in it, or {lecturers.name} exists: nothing is written")
+    path = Path(folder).resolve()
+    lecturers = path.with_name(path.name + "-LECTURERS.md")
+    if folder[:1] in "-" or lecturers.exists() or path.exists() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"usage: python test_icl_newton.py FOLDER, an empty one, without {lecturers.name}")
+    program = PROGRAM.read_text("utf-8")
+    for name, text in TEXTS.items():
+        program = program.replace(text, STUBS[name])
     tests = Path(__file__).read_text("utf-8").split("\n# For lecturers")[0].rstrip("-# \n") + "\n"
-    files = {"icl_newton.py": TEXT, "test_icl_newton.py": tests}
-    files |= {f"SHEET{sheet[0][0]}.md": sheet_text(sheet, False) for sheet in SHEETS}
-    for name, head in HEADS.items():
-        files["icl_newton.py"] = files["icl_newton.py"].replace(head + ANSWERS[name], head + STUBS[name])
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name).write_text(text, "utf-8")
-    solutions = "\n\n".join(HEADS[name] + ANSWERS[name] for name in HEADS)
-    sheets = "\n".join(sheet_text(sheet, True) for sheet in SHEETS)
-    lecturers.write_text(f"{sheets}\n```python\n{solutions}```\n", "utf-8")
+    sheets = "".join(z for z in SHEETS.splitlines(keepends=True) if not z.startswith("  >"))
+    path.mkdir(parents=True, exist_ok=True)
+    for name, text in (PROGRAM.name, program), ("test_icl_newton.py", tests), ("SHEETS.md", sheets):
+        (path / name).write_text(text, "utf-8")
+    lecturers.write_text("\n\n".join([SHEETS, "```python", *TEXTS.values(), "```\n"]), "utf-8")
 
 
 def shell(folder, *command):
@@ -363,13 +361,12 @@ def test_homework(tmp_path):
     assert shell(tmp_path, __file__, "week1").returncode == 0
     everything = "".join(path.read_text("utf-8") for path in week.iterdir())
     lecturers = (tmp_path / "week1-LECTURERS.md").read_text("utf-8")
-    for answer in [*ANSWERS.values(), *(z for *_, texts in SHEETS for z in texts[1::2])]:
-        assert answer in lecturers and answer not in everything, answer
-    assert "lecturers" not in everything
+    answers = [z.split('"""')[2] for z in TEXTS.values()] + [z for z in SHEETS.split("\n") if z[:3] == "  >"]
+    assert all(z in lecturers and z not in everything for z in answers) and "lecturers" not in everything
     result = shell(week, *grade).stdout
     assert "  0 of 100 points" in result and result.count("exercise 4: newton") == 1, result
     assert "Traceback" not in result
-    (week / "icl_newton.py").write_text(TEXT, "utf-8")
+    (week / "icl_newton.py").write_text(PROGRAM.read_text("utf-8"), "utf-8")
     assert "  100 of 100 points" in (result := shell(week, *grade).stdout), result[-2000:]
     for bad in ("week1", "week1-LECTURERS.md", "--help", ""):  # work in it; a file; no folder
         run = shell(tmp_path, __file__, *bad.split())
@@ -377,12 +374,13 @@ def test_homework(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2, "nothing else is written"
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Everything but the exercises
 
 import dataclasses
 import json
 import math
+import signal
 
 import numpy as np
 
@@ -401,15 +399,15 @@ def some(count=60, n=6, d=3):
 
 @pytest.fixture
 def plant(monkeypatch):
-    def plant(name, function=None):
+    def plant(name, function):
         """Put it in the program's place; returns its calls."""
-        monkeypatch.setattr(lib, name, stand_in := mock.Mock(side_effect=function or getattr(lib, name)))
+        monkeypatch.setattr(lib, name, stand_in := mock.Mock(side_effect=function))
         return stand_in.call_args_list
     return plant
 
 
 def test_fresh_prompts(plant):
-    calls, law = plant("sample_prompts"), dict(noise=0.5, kappa=9.0)
+    calls, law = plant("sample_prompts", lib.sample_prompts), dict(noise=0.5, kappa=9.0)
     *three, again = (lib.fresh_prompts(tiny(seed=seed, **law), 20, purpose)[0]
                      for seed, purpose in ((1, 1), (1, 2), (2, 1), (1, 1)))
     assert calls[0].args[:5] == (20, 6, 3, 9.0, 0.5), "count, n, d, kappa, noise"
@@ -418,9 +416,9 @@ def test_fresh_prompts(plant):
 
 def test_moments_and_solvers():
     xs, ys = orthonormal(4, 7, 3, 3).flatten(1, 2)[:, :7] / torch.tensor([1, 2, 5]), draws(4, 7)
+    seen = torch.ones(7, 7).tril(-1).double()  # [t, i]: x_i is known after t examples
     for ridge in (0, 0.7):
         S, b = lib.prefix_moments(xs, ys, ridge)
-        seen = torch.ones(7, 7).tril(-1).double()  # [t, i]: x_i is known after t examples
         slow = torch.einsum("ti,pij,pik->ptjk", seen, xs, xs) + ridge * torch.eye(3).double()
         near(S, slow, "S before x_{t+1}, + ridge I")
         near(b, torch.einsum("ti,pij,pi->ptj", seen, xs, ys), "b before y_{t+1}")
@@ -430,8 +428,8 @@ def test_moments_and_solvers():
             K = torch.cat([K, S @ K[..., -1:]], -1)
         near(lib.conjugate_gradient(S, b, 5), torch.stack([*w, w[-1], w[-1]]), "CG", 1e-6)
         near(lib.predict(lib.ols(S, b), xs), (w[-1] * xs).sum(-1), "w.x of least squares", 1e-6)
-        gd = lib.gradient_descent(S, b, 64)[[0, 1, 2, 7, 64]]
-        near(lib.gradient_descent_after(S, b, [0, 1, 2, 7, 64]), gd, "GD after some counts of steps")
+        counts = [0, 1, 2, 7, 64]
+        near(lib.gradient_descent_after(S, b, counts), lib.gradient_descent(S, b, 64)[counts], "GD after some")
     small = torch.tensor([[1, 0], [0, 1e-8]]).double()
     near(lib.ols(small, small.sum(1)), [1, 1], "1e-8 is no rounding", 1e-6)
 
@@ -443,10 +441,9 @@ def last_prefix(xs, ys):
 
 
 def test_correction_1_the_printed_alpha_stalls():
-    xs, ys = some()
-    S, b, answer = last_prefix(xs, ys)
+    S, b, answer = last_prefix(*(prompts := some()))
     for alpha, stalls in ((2 / torch.linalg.matrix_norm(S @ S, 2)[:, None, None], True), (None, False)):
-        miss = (answer(lib.newton(S, b, 40, alpha)[-1]) - ys[:, -1]).abs().median()
+        miss = (answer(lib.newton(S, b, 40, alpha)[-1]) - prompts[1][:, -1]).abs().median()
         assert (miss > 1e-4) == stalls, "2/||S S^T||_2 stalls, the default does not"
 
 
@@ -490,8 +487,7 @@ def test_transformer_head_by_head():
         q, k, v = (torch.stack((norm(h) @ M.mT).split(4, -1)) for M in (Q, K, V))
         scores = (norm(q) @ norm(k).mT / 2).masked_fill(future, -math.inf)
         h = h + torch.cat([*(scores.softmax(-1) @ v)], -1) @ O.mT
-        a = norm(h) @ up.mT
-        h = h + a * a.sigmoid() @ down
+        h = h + (a := norm(h) @ up.mT) * a.sigmoid() @ down
         states.append(norm(h[:, ::2]))
     near(model.states(xs, ys), torch.stack(states), "heads, mask, norms, residuals, x tokens")
     near(model(xs, ys), states[-1] @ model.read_out, "read out of the last state")
@@ -552,126 +548,117 @@ def test_training_step_by_hand(recipe, plant):
         assert calls[-1].args[1:3] == (n, d), "two dimensions and 2d + 2 examples, then more"
 
 
-def test_training_resumes_to_the_bit(tmp_path, plant, monkeypatch):
-    def step(*args):
-        if len(calls) == 301 + 2:  # two rehearsals come first
-            raise KeyboardInterrupt
-        return real(*args)
-
-    config = tiny(steps=320, checkpoints=str(tmp_path / "a"), device="auto")
+def test_training_resumes_to_the_bit(plant, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    whole = lib.train(dataclasses.replace(config, checkpoints=str(tmp_path / "b")))
-    real, calls = lib.training_step, plant("training_step", lambda *args: step(*args))
+    config, real = tiny(steps=320, device="auto"), lib.training_step
+    whole = lib.train(dataclasses.replace(config, checkpoints="whole"))
+    calls = plant("training_step", lambda *args: (  # two rehearsals come first
+        signal.raise_signal(signal.SIGINT) if len(calls) == 301 + 2 else real(*args)))
     with pytest.raises(KeyboardInterrupt):
         lib.train(config)
     for model in lib.train(config), lib.train(config):
-        for a, b in zip(whole.parameters(), model.parameters()):
-            assert a.equal(b) and not b.requires_grad, "not bit for bit the same"
+        assert all(map(torch.equal, whole.parameters(), model.parameters())), "not the same to the bit"
+    assert not model.mlp.requires_grad and os.listdir("whole") == os.listdir("checkpoints")
     steps = [c.args[3] for c in calls[303:]]
     assert steps == [0, 319, *range(250, 320), 0, 319], "goes on at the checkpoint; then at the end"
     plant("training_step", lambda *args: real(*args) * math.nan)
     with pytest.raises(FloatingPointError, match="step 12"):
-        lib.train(tiny(checkpoints=str(tmp_path / "c")))
-    assert not (tmp_path / "c").exists(), "a failed run is not saved"
+        lib.train(tiny(checkpoints="nan"))
+    assert not os.path.exists("nan"), "a failed run is not saved"
 
 
-def test_training_at_kappa_goes_on_from_kappa_1(tmp_path, plant):
-    calls, config = plant("training_step"), tiny(kappa=9.0, curriculum=2, checkpoints=str(tmp_path))
+def test_training_at_kappa_goes_on_from_kappa_1(plant):
+    calls, config = plant("training_step", lib.training_step), tiny(kappa=9.0, curriculum=2)
     hard, easy = lib.train(config), lib.train(dataclasses.replace(config, kappa=1.0))
     kappas = [c.args[2].kappa for c in calls]  # two of each training's are rehearsals
     assert kappas.count(1.0) == 2 + 12 + 2 and kappas.count(9.0) == 2 + 5, "once, then for `tuning`"
     assert {(z.args[2].kappa, z.args[2].curriculum) for z in calls} == {(1, 2), (9, 0)}
     assert 0 < (hard.attention - easy.attention).abs().max() < 0.2, "goes on from the network of kappa 1"
-    untrained = lib.train(tiny(kappa=9.0, steps=0, tuning=0, checkpoints=str(tmp_path / "none")))
+    untrained = lib.train(tiny(kappa=9.0, steps=0, tuning=0, checkpoints="none"))
     torch.manual_seed(1)
-    assert untrained.mlp.equal(lib.Transformer(tiny()).mlp) and not (tmp_path / "none").exists()
+    assert untrained.mlp.equal(lib.Transformer(tiny()).mlp) and not os.path.exists("none")
 
 
 def test_checkpoint_names():
-    def name(**changes):
-        config = tiny(**{"n": 9} | changes)
-        torch.manual_seed(config.seed)
-        model, generator = lib.Transformer(config), torch.Generator().manual_seed(config.seed)
-        return lib.Checkpoint(config, model, lib.make_optimizers(model, config), generator).path.name
+    def files(**changes):
+        lib.train(tiny(**{"n": 9} | changes))
+        return len(os.listdir("checkpoints"))
 
-    same = dict(seeds=2, prompts=9, figures="rates", device="auto", out="x", checkpoints="y", tuning=9)
+    same = dict(seeds=2, prompts=9, figures="rates", device="auto", out="x", tuning=9)
     other = dict(d=4, n=8, kappa=2.0, noise=0.1, layers=5, width=10, heads=1, recipe="fu", steps=9,
                  batch=9, muon_lr=0.02, curriculum=1, seed=2)
-    names = [name(**same)] + [name(**{key: value}) for key, value in other.items()]
-    assert names[0] == name(), "these do not decide the weights"
+    assert files() == files(**same) == 1, "these do not decide the weights"
+    for count, (key, value) in enumerate(other.items(), start=2):
+        assert files(**{key: value}) == count, f"{key} decides the weights"
     for module, thing, value in ((torch, "__version__", "9"), (torch, "get_num_threads", lambda: 99),
                                  (lib, "orthogonalize", lambda G: G)):
         with mock.patch.object(module, thing, value):
-            names.append(name())
-    assert len(set(names)) == len(names), "settings, torch, threads and code make another name"
+            count += 1
+            assert files() == count, f"{thing} decides the weights"
 
 
-def test_damaged_checkpoints(tmp_path):
-    config = tiny(checkpoints=str(tmp_path))
-    lib.train(config)
-    (path,) = tmp_path.iterdir()
+def test_damaged_checkpoints():
+    lib.train(tiny())
+    (path,) = Path("checkpoints").iterdir()
     good, saved = path.read_bytes(), torch.load(path, weights_only=True)
     torch.save(saved | {"done": 3}, path)
     for bad in (path.read_bytes(), b"", good[:99], good[:-1], good[:500] + b"x" + good[501:]):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=f"{path.name} is damaged: delete it"):
-            lib.train(config)
+            lib.train(tiny())
     with mock.patch.object(Path, "replace", side_effect=OSError(28, "No space left")):
         with pytest.raises(OSError, match=f"cannot write .*{path.name}: No space left"):
             lib.write_file(path, good)
-    assert path.read_bytes() == bad and len(list(tmp_path.iterdir())) == 1, "whole or not there"
+    assert path.read_bytes() == bad and len(os.listdir("checkpoints")) == 1, "whole or not there"
 
 
 L = 8
 ORACLES = {  # name: its weights after 0..L steps
     "Newton": lambda S, b: lib.newton(S, b, L), "GD": lambda S, b: lib.gradient_descent(S, b, L),
-    "CG": lambda S, b: lib.conjugate_gradient(S, b, L),
-    "OLS": lambda S, b: lib.ols(S, b).expand(L + 1, *b.shape),
-    "zeros": lambda S, b: torch.zeros(L + 1, *b.shape, dtype=torch.float64),
-    "noise": lambda S, b: draws(L + 1, *b.shape)}
+    "CG": lambda S, b: lib.conjugate_gradient(S, b, L), "OLS": lambda S, b: lib.ols(S, b).expand(L + 1, *b.shape),
+    "zeros": lambda S, b: b.expand(L + 1, *b.shape) * 0, "noise": lambda S, b: draws(L + 1, *b.shape)}
 
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_planted_learners(name, plant):
     """Every experiment, with a learner whose numbers are known in the layers' place."""
-    def layers(model, fitting, prompts):
-        return lib.predict(ORACLES[name](*lib.prefix_moments(*prompts)), prompts[0])
-
     plant("train", lambda config: None)
-    calls = plant("read_layers", layers)
-    lib.study.cache_clear()
+    plant("study", functools.cache(lib.study.__wrapped__))
+    calls = plant("read_layers", lambda model, fitting, judging: lib.predict(
+        ORACLES[name](*lib.prefix_moments(*judging)), judging[0]))
     config, z = tiny(d=9, n=18, layers=L, prompts=300), {}
     for experiment in (lib.rates, lib.convergence, lib.heatmaps, lib.products, lib.conditioning):
         axes, title, numbers = experiment(config, functools.cache(lib.make_sheet))
-        drawn = [z.get_label() for z in axes[0].get_lines()]
+        drawn = [line.get_label() for line in axes[0].get_lines()]
         assert "Transformer" in drawn or experiment is lib.heatmaps, "the layers are not drawn"
         z |= {key: np.asarray(number, dtype=float).tolist() for key, number in numbers.items()}
         title.format(**z)
-    _, (fitting, _), (judged, _) = calls[0].args
-    assert len(fitting) == 4 * len(judged) == 1200 and torch.isin(judged, fitting).float().mean() < 0.01
+    _, (X, _), (xs, ys) = calls[0].args
+    assert len(X) == 4 * len(xs) == 1200 and torch.isin(xs, X).float().mean() < 0.01
     s, noisy = lib.study(config), lib.study(dataclasses.replace(config, noise=0.1))
     ridged = lib.ols(*lib.prefix_moments(noisy.xs, noisy.ys, 0.01))
     near(noisy.least_squares, lib.predict(ridged, noisy.xs), "ridge is noise^2")
-    errors = (s.runs["Transformer"] - s.ys).square().mean(1).clamp_min(1e-300)  # (L+1, n+1)
-    slow = [lib.similarity_of_errors(s.runs["Transformer"][-1:], s.runs[k], s.ys).max() for k in ("Newton", "GD")]
-    near(z["last"][:2], slow, "the last layer's similarities", 1e-6)
-    near(z["like_newton"], [1 - z["last"][1], 1 - z["last"][0]], "GD's distance to beat", 1e-6)
-    near(z["error"], errors[-1, 18] / 9, "the last layer's error after n examples", 1e-6)
+    layers = s.runs["Transformer"]
+    errors = (layers - ys).square().mean(1).clamp_min(1e-300)  # (L+1, n+1)
+    newton, gd = (lib.similarity_of_errors(layers[-1:], s.runs[k], ys).max() for k in ("Newton", "GD"))
     digits = -errors[:, 18].log10().diff()
-    near(z["superlinear"], [digits[5:].mean(), max(digits[2:5].mean(), 0.1)], "layers 6-8, 3-5", 1e-6)
+    expected = {"last": [newton, gd, z["last"][2]], "like_newton": [1 - gd, 1 - newton], "error": errors[-1, 18] / 9,
+                "superlinear": [digits[5:].mean(), max(digits[2:5].mean(), 0.1)]}  # layers 6-8, 3-5
     for key, steps, order in (("newton_line", "newton_steps", 1), ("gd_exponential", "gd_steps", -1)):
-        fits = [lib.line_fit(y)[1] for y in (z[steps], np.log2(np.maximum(z[steps], 1)))]
-        near(z[key], fits[::order], "R^2: its shape; its rival", 1e-6)
+        expected[key] = [lib.line_fit(y)[1] for y in (z[steps], np.log2(np.maximum(z[steps], 1)))][::order]
     for key, t in (("products_d", 9), ("products_n", 18)):
-        worth = lib.equal_error_steps(errors[-1, t], range(129), lib.polynomial_errors(config, t))
-        near(z[key], [worth, L], "products; layers", 1e-6)
+        expected[key] = lib.equal_error_steps(errors[-1, t], range(129), lib.polynomial_errors(config, t)), L
+    climbs = [lib.climb(config, "CG")[i] for i in (0, 2)]  # by similarity, by equal error
+    for key, steps in zip(("newton_rate", "equal_rate"), climbs):
+        own = {"Newton": 1, "CG": lib.line_fit(steps)[0]}.get(name, z[key][0])
+        expected[key] = own, lib.line_fit(steps, 1)[0]  # the control: all steps but the last
+    for key, numbers in expected.items():
+        near(z[key], numbers, key, 1e-6)
     holds = lib.table({key: [number] for key, number in z.items()})[1]
     holds = {key for key, seeds in holds.items() if seeds}
-    steps = np.arange(1, L + 1)
     if name == "Newton":
-        near(z["newton_steps"], steps, "Newton matches itself")
-        near([z["newton_rate"][0], z["equal_rate"][0], z["last"][0], z["last"][2]], [1] * 4, "self", 1e-6)
-        near([z["worth"][0], z["kappas"][0], z["kappas"][2]], [L] * 3, "it errs as its own step", 1e-6)
+        near(z["newton_steps"], np.arange(1, L + 1), "Newton matches itself")
+        near([z["last"][0], z["last"][2], z["worth"][0], z["kappas"][0], z["kappas"][2]], [1, 1, L, L, L], "itself", 1e-6)
         assert {"newton_line", "like_newton"} <= holds
     elif name == "GD":
         near(np.array(z["gd_steps"])[[0, 1, 3, 7]], [1, 2, 4, 8], "these match themselves")
@@ -679,33 +666,27 @@ def test_planted_learners(name, plant):
         assert z["products_n"][0] <= L + 0.1, "GD is worth one product a step, or less"
         assert not {"like_newton", "newton_rate", "equal_rate", "products_n", "kappa_gd"} & holds
     elif name == "CG":
-        rates = [lib.line_fit(lib.climb(config, "CG")[i])[0] for i in (0, 2)]
-        near([z["newton_rate"][0], z["equal_rate"][0], z["worth"][1]], [*rates, L], "CG in both places", 1e-6)
-        rates = [lib.line_fit(lib.climb(config, "CG")[i], 1)[0] for i in (0, 2)]
-        near([z["newton_rate"][1], z["equal_rate"][1]], rates, "the control: all steps but the last", 1e-6)
+        near(z["worth"][1], L, "as its own step", 1e-6)
         assert z["products_d"][0] > L, "CG's sizes suit the prompt"
     elif name == "OLS":
         assert z["products_d"][0] > 99 and z["error"] < 1e-10 and 0.4 < z["like_ols"][0] <= 1
     else:
         assert not holds, holds
         assert z["products_n"][0] < 0.5 and z["newton_rate"][0] == 0
-    lib.study.cache_clear()
 
 
-def test_an_untrained_network_passes_no_claim_about_layers(tmp_path):
+def test_an_untrained_network_passes_no_claim_about_layers():
     figures = "rates,convergence,heatmaps,products,conditioning"
-    holds = lib.run(tiny(d=5, n=10, layers=6, width=32, steps=0, tuning=0, prompts=300, figures=figures,
-                         out=str(tmp_path)))
-    assert not any(holds.values()), holds
+    holds = lib.run(tiny(d=5, n=10, layers=6, width=32, steps=0, tuning=0, prompts=300, figures=figures))
+    assert len(holds) == 10 and not any(holds.values()), holds
 
 
 def test_rulers_by_hand():
     errors, run = torch.tensor([0.3, 9, 1e-9, 0.02, 0.1]), torch.tensor([1.0, 0.1, 0.5, 0.01, 0.01])
     found = lib.equal_error_steps(errors, [0, 1, 2, 4, 8], run)
     near(found, [math.log10(1 / 0.3), 0, 4, 1 + 3 * math.log10(5), 1], "log-linear, by steps that gain", 1e-6)
-    y = np.array([99, -7, 3, 5, 7, 9.0])
+    y, z = np.array([99, -7, 3, 5, 7, 9.0]), np.random.default_rng(0).normal(size=9)
     near([*lib.line_fit(y), *lib.line_fit(y[2:], 1)], [2, 1, 2, 1], "from layer 3 on")
-    z = np.random.default_rng(0).normal(size=9)
     near(lib.line_fit(z)[1], np.corrcoef(np.arange(7), z[2:])[0, 1] ** 2, "R^2")
     assert lib.line_fit(np.ones(9))[1] == 0 == lib.line_fit([3], 1)[1], "a constant is no line"
     near(lib.doublings([0, 0.5, 1, 8]), [0, 0, 0, 3], "at least one step")
@@ -754,8 +735,7 @@ def test_softmax_attention_by_huangs_formula():
     moves = torch.where(torch.eye(K).bool(), right * ((1 - right) ** 2 + others), moves)
     losses = [(z - torch.eye(K)).square().sum(1).mean(0) / 2
               for z in (a, (a.log() + 0.7 * p * moves.mean(0)).softmax(1))]
-    expected = torch.tensor([[z[0], z[1:].mean()] for z in losses])
-    near(runs.mean(0).T, expected, "losses, step by step", 0.01)
+    near(runs.mean(0).T, torch.stack([torch.stack([z[0], z[1:].mean()]) for z in losses]), "losses", 0.01)
 
 
 def test_theory_experiments(plant):
@@ -768,34 +748,33 @@ def test_theory_experiments(plant):
     assert lib.stages(tiny(), functools.cache(lib.make_sheet))[2]["huang"] == (9, 5)
 
 
-def test_a_run_of_several_seeds(capsys, tmp_path, monkeypatch):
+def test_a_run_of_several_seeds(capsys, monkeypatch):
     def stub(config, sheet):
         axes = sheet("panel")
         lib.curve(axes[0], "CG, late", [config.seed])
         assert [z.get_color() for z in axes[0].get_lines()] == [lib.LOOK["CG"][0]] * (config.seed - 1)
-        numbers = {"like_ols": (config.seed / 4, 0.975), "equal_rate": (2, config.seed), "error": 3.0}
-        return axes, "{like_ols[0]:.2f} and {error:.0f}", numbers
+        return axes, "{like_ols[0]:.2f} and {error:.0f}", {
+            "like_ols": (config.seed / 4, 0.975), "equal_rate": (2, config.seed), "error": 3.0}
 
     monkeypatch.setattr(lib, "EXPERIMENTS", {"rates": stub})
-    holds = lib.run(tiny(figures="rates", seed=2, seeds=3, out=str(tmp_path)))
-    rows, printed = (tmp_path / "table.md").read_text().split("\n")[2:], capsys.readouterr().out
+    holds = lib.run(tiny(figures="rates", seed=2, seeds=3))
+    rows, printed = Path("figures/table.md").read_text().split("\n")[2:], capsys.readouterr().out
     assert rows[0].endswith("| 2 > 2 3 4 | 0 of 3 |") and rows[1].endswith("| 0.5 0.75 1 > 0.975 | 1 of 3 |")
     assert "rates: 0.75 and 3" in printed and all(row in printed for row in rows)
-    record = json.loads((tmp_path / "results.json").read_text())
+    record = json.loads(Path("figures/results.json").read_text())
     assert record["measured"]["error"] == [3, 3, 3] and record["settings"]["seeds"] == 3
     assert record["holds"] == holds == {"equal_rate": 0, "like_ols": 1}
     lines, holds = lib.table({key: [(1.0, 1.0)] for key in lib.CLAIMS})
     assert len(lines) <= 18 and max(map(len, lines)) <= 100 and not any(holds.values()), "equal: no"
 
 
-def test_input_and_exit_statuses(tmp_path, monkeypatch, capsys, plant):
-    monkeypatch.chdir(tmp_path)
+def test_input_and_exit_statuses(capsys, plant):
     plant("run", AssertionError("bad input was run"))
     Path("a_file").write_text("mine")
-    for bad in """figures x|no_such 1|d 1|n 6|steps x|noise -1|kappa .5|muon_lr nan|heads 3|d 9e9|
-            preset x|device x|recipe x|layers 3|batch 0|curriculum 200|muon_lr inf|seeds 0|prompts 1|
-            preset quick,small|out a_file/x|checkpoints a_file|seed -1|curriculum -1|muon_lr 0|steps 216|
-            seed 9237203685|seed 1000000000 --seeds 2|kappa 1e39|noise 1e30|width 1e3|tuning -1|figures rates,|seed 1e3""".split("|"):
+    for bad in """figures x|no_such 1|d 1|n 6|steps x|noise -1|kappa .5|muon_lr nan|heads 3|d 9e9|width 1e3
+            |preset x|device x|recipe x|layers 3|batch 0|curriculum 200|muon_lr inf|seeds 0|prompts 1|seed 1e3
+            |preset quick,small|out a_file/x|checkpoints a_file|seed -1|curriculum -1|muon_lr 0|steps 216
+            |seed 9237203685|seed 1000000000 --seeds 2|kappa 1e39|noise 1e30|tuning -1|figures rates,""".split("|"):
         with pytest.raises(SystemExit, match="2"):
             lib.main(f"--{bad.strip()}".split())
         out, err = capsys.readouterr()
@@ -814,17 +793,15 @@ def test_input_and_exit_statuses(tmp_path, monkeypatch, capsys, plant):
 
 
 @pytest.mark.parametrize("law", [dict(kappa=1e6), dict(seed=10**9), dict(noise=1e3, prompts=2), dict(d=2, n=4)])
-def test_numbers_at_the_edge_work_to_the_end(law, tmp_path):
-    plain = "rates,convergence,heatmaps,products,conditioning,by_hand"
-    lib.run(tiny(figures=plain, out=str(tmp_path), checkpoints=str(tmp_path), **law))
-    assert len(list(tmp_path.glob("*.png"))) == 6
+def test_numbers_at_the_edge_work_to_the_end(law):
+    lib.run(tiny(figures="rates,convergence,heatmaps,products,conditioning,by_hand", **law))
+    assert len(list(Path("figures").glob("*.png"))) == 6
 
 
 def test_the_program_runs_without_its_file(tmp_path):
     """In a notebook, by exec or from standard input: nothing needs the source text."""
     small = "d=3, n=6, layers=4, width=8, steps=3, tuning=2, prompts=32, curriculum=0, figures='rates'"
-    done = subprocess.run([sys.executable, "-"], input=f"{TEXT}\nrun(Config({small}))\n", text=True,
-                          capture_output=True, cwd=tmp_path)
+    done = shell(tmp_path, "-c", f"exec({PROGRAM.read_text('utf-8')!r})\nrun(Config({small}))")
     assert done.returncode == 0 and "rates:" in done.stdout, done.stderr
 
 
@@ -839,9 +816,7 @@ def test_the_readme_has_the_committed_table():
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit(print("usage: python test_icl_newton.py FOLDER", file=sys.stderr) or 2)
     try:
-        write_homework(sys.argv[1])
+        write_homework(sys.argv[1] if len(sys.argv) == 2 else "-")
     except ValueError as error:
         sys.exit(print(error, file=sys.stderr) or 2)
