@@ -116,15 +116,14 @@ def check_solver(solver, left, **options):
 
 
 def test_ex01_shapes_and_generator(icl):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     for P, n, d, law in ((3, 4, 2, {}), (2, 1, 1, dict(kappa=7.0)), (1, 5, 3, dict(noise=0.1))):
-        g, again = (torch.Generator(device).manual_seed(SEED) for _ in range(2))
+        g, again = (torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(SEED) for _ in range(2))
         a, b, c, ys = (icl.sample_prompts(P, n, d, generator=z, **law)[1] for z in (g, again, g, None))
         check_form(icl.sample_prompts(P, n, d)[0], (P, n + 1, d), "xs (prompts, n+1, d)", torch.float32)
         check_form(ys, (P, n + 1), "ys (prompts, n+1)", torch.float32)
         assert torch.equal(a, b), "same seed, other prompts: pass the generator to every draw"
         assert not torch.equal(a, c), "the next draws from a generator gave the same prompts"
-        assert a.device.type == device, "prompts must be on the generator's device"
+        assert a.device == g.device, "prompts must be on the generator's device"
 
 
 def test_ex01_covariance(icl):
@@ -242,7 +241,6 @@ def test_ex10_optimal_preconditioner(icl):
     for d, n, dtype in ((3, 4, torch.float64), (5, 11, torch.float32), (1, 2, torch.float64)):
         U, values = orthonormal(d, d), torch.linspace(0.3, 2, d).double()
         A = call(icl.optimal_preconditioner, ((U * values) @ U.mT).to(dtype), n=n)
-        check_form(A, (d, d), "one matrix A (d, d)", None)
         inside = U.mT @ A.double() @ U
         close(inside, inside.diagonal().diag(), "A must have Sigma's eigenvectors", 1e-4)
         rest = (1 / inside.diagonal() - (n + 1) / n * values) / values.sum()  # should be 1/n
@@ -280,16 +278,13 @@ def test_an_exercise_needs_no_other_and_is_not_empty(number, name):
 
 SHEETS = """# Three sheets: how Transformers solve regressions
 
-Predict before you run anything. A paragraph is graded by hand, 5 points. Where icl_newton.py raises NotImplementedError,
-write what the docstring promises, for every argument and on the edges: no example yet (S = 0), fewer than d, d = 1,
-0 steps. No exercise needs another. `python -m pytest -k test_ex` grades all, a line each, `-k ex04` one.
+Predict before you run anything. Where icl_newton.py raises NotImplementedError, write what the docstring promises, on
+the edges too: S = 0, d = 1, 0 steps. `python -m pytest -k test_ex` grades, a line each; paragraphs by hand, 5 points.
 
 ## 1. How fast does Newton converge? Exercises 1 to 4 (30, 25, 15, 30 minutes)
 
 Read sections 1 to 3 (25 minutes), to derive why Newton's digits double and why gradient descent needs more steps.
 
-- Predict: halve alpha in Newton's start, and eta in GD. How many more steps does each need?
-  > Newton about one, whatever the number: 2^k takes the factor in a step. GD twice as many.
 - Predict: for condition number 100 of S, not 1, how many more steps until *all* directions are found?
   > GD 100 times as many, Newton 2 log2 100 = 13 more: 2^k = kappa^2. For a large error fewer.
 - A paragraph: R_k is squared in every step, yet the first hardly lower the error. What do they gain?
@@ -301,8 +296,6 @@ Read sections 4 to 9 (35 minutes), to read answers out of a layer, and to say wh
 
 - Predict: a layer's errors have similarity .97 with a Newton step's. Is the layer a Newton step?
   > At t < d most of an error no method can avoid; deviations shuffled over prompts score nearly so.
-- Predict: put conjugate gradient in the layers' place. Which Newton step is its step 4 like at d = 20?
-  > About 8, though it is first-order; later its steps are worth less and less: its curve is concave.
 - A paragraph: from your own `--preset quick`, is a layer a Newton step? Give numbers for and against.
   > Looked for: both rulers, the control CG, and that a rate alone does not identify an algorithm.
 
@@ -312,8 +305,6 @@ Read sections 11 to 13 (25 minutes), to write Newton's method as weights, and to
 
 - Predict: with a causal mask, what goes wrong in the hand-written layers?
   > Every x_j would carry its own prefix's T, so the sums are not T S T of one S.
-- Predict: with n = 20 examples, does the best A stretch small eigenvalues of Sigma as 1/lambda does?
-  > Less: the trace of Sigma, over n, is added to each eigenvalue before the inverse.
 - A paragraph: derive the A of exercise 10 from the expected loss.
   > E (w.x_q - x_q^T A^T S w / n)^2 is quadratic in A; E S^2 = n (n+1) Sigma^2 + n tr(Sigma) Sigma.
 """
@@ -343,8 +334,7 @@ def shell(folder, *command):
 def test_homework(tmp_path):
     week, grade = tmp_path / "week1", "-m pytest -q -p no:cacheprovider -k test_ex".split()
     assert shell(tmp_path, __file__, "week1").returncode == 0
-    everything = "".join(path.read_text("utf-8") for path in week.iterdir())
-    lecturers = Path("week1-LECTURERS.md").read_text("utf-8")
+    everything, lecturers = ("".join(path.read_text("utf-8") for path in tmp_path.glob(z)) for z in ("*/*", "*.md"))
     answers = [z.split('"""')[2] for z in TEXTS.values()] + [z for z in SHEETS.split("\n") if z[:3] == "  >"]
     assert all(z in lecturers and z not in everything for z in answers) and "lecturers" not in everything
     result = shell(week, *grade).stdout
@@ -353,7 +343,7 @@ def test_homework(tmp_path):
     assert "  100 of 100 points" in (result := shell(week, *grade).stdout), result[-2000:]
     for bad in ("week1", "week1-LECTURERS.md", "--help", ""):  # work in it; a file; no folder
         run = shell(tmp_path, __file__, *bad.split())
-        assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+        assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
     assert len(list(tmp_path.iterdir())) == 2, "nothing else is written"
 
 
@@ -395,7 +385,7 @@ def test_moments_and_solvers():
         for _ in range(3):  # the best w in the span of b, S b, ...
             w.append((K @ torch.linalg.pinv(K.mT @ S @ K, rtol=1e-11) @ (K.mT @ b[..., None]))[..., 0])
             K = torch.cat([K, S @ K[..., -1:]], -1)
-        near(lib.conjugate_gradient(S, b, 5), torch.stack([*w, w[-1], w[-1]]), "CG", 1e-6)
+        near(lib.conjugate_gradient(S, b, 5), torch.stack([*w, w[-1], w[-1]]), "CG", 1e-5)
         near(lib.predict(lib.ols(S, b), xs), (w[-1] * xs).sum(-1), "w.x of least squares", 1e-6)
         counts = [0, 1, 2, 7, 64]
         near(lib.gradient_descent_after(S, b, counts), lib.gradient_descent(S, b, 64)[counts], "GD after some")
@@ -420,10 +410,9 @@ def test_correction_3_printed_order():
     (xs, ys), real = some(16, 10), lib.newton_layer
     S, b = (z[:, -1] for z in lib.prefix_moments(xs, ys))
     alpha = lib.newton_start(S).min()
-    exact = (lib.newton(S, b, 40, alpha) * xs[:, -1]).sum(-1)
-    near(lib.construction(xs, ys, 40, alpha) + 9, exact + 9, "step k after k + 2 layers", 1e-9)
+    exact = (lib.newton(S, b, 40, alpha)[-1] * xs[:, -1]).sum(-1)
     plant("newton_layer", lambda d: ([(K, Q, V) for Q, K, V in real(d)[0]], real(d)[1]))
-    assert (lib.construction(xs, ys, 40, alpha)[-1] - exact[-1]).abs().max() > 1e-7, "T S T^T doubles rounding"
+    assert (lib.construction(xs, ys, 40, alpha)[-1] - exact).abs().max() > 1e-7, "T S T^T doubles rounding"
 
 
 def test_correction_4_gd_off_the_span():
@@ -504,10 +493,9 @@ def test_training_step_by_hand(recipe):
         assert calls[-1].args[1:3] == (n, d), "two dimensions and 2d + 2 examples, then more"
 
 
-def test_training_resumes_to_the_bit(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    config, real = tiny(steps=320, device="auto"), lib.training_step
-    whole = lib.train(dataclasses.replace(config, checkpoints="whole"))
+def test_training_resumes_to_the_bit():
+    config, real = tiny(steps=320), lib.training_step
+    whole = lib.train(tiny(steps=320, checkpoints="whole"))
     calls = plant("training_step", lambda *args: real(*args) if len(calls) != 303 else 1 / 0)
     with pytest.raises(ZeroDivisionError):  # at step 301: two rehearsals come first
         lib.train(config)
@@ -557,9 +545,8 @@ def test_damaged_checkpoints():
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=f"{path.name} is damaged: delete it"):
             lib.train(tiny())
-    with mock.patch.object(Path, "replace", side_effect=OSError(28, "No space left")):
-        with pytest.raises(OSError, match=f"cannot write .*{path.name}: No space left"):
-            lib.write_file(path, good)
+    with mock.patch.object(Path, "replace", side_effect=OSError(28, "full")), pytest.raises(OSError, match=f"{path}: full"):
+        lib.write_file(path, good)
     assert path.read_bytes() == bad and len(os.listdir("checkpoints")) == 1, "whole or not there"
 
 
@@ -583,7 +570,7 @@ def test_planted_learners(name):
         axes, _, numbers = experiment(config, functools.cache(lib.make_sheet))
         assert experiment is lib.heatmaps or "Transformer" in [line.get_label() for line in axes[0].get_lines()]
         z |= {key: np.asarray(number, dtype=float).tolist() for key, number in numbers.items()}
-    rough, other = (lib.study(dataclasses.replace(config, **z)) for z in (dict(noise=0.1), dict(seed=2)))
+    rough, other = (lib.study(dataclasses.replace(config, **z)) for z in (dict(noise=0.1), dict(seed=0)))
     _, (X, _), (xs, ys) = calls[0].args
     assert len(torch.cat([X, xs, other.xs]).flatten(1).unique(dim=0)) == 1200 + 300 + 300, "prompts are shared"
     assert {z.args[1:5] for z in sampled} == {(18, 9, 1, 0), (18, 9, 100, 0), (18, 9, 1, 0.1)}, "n, d, kappa, noise"
@@ -609,8 +596,7 @@ def test_planted_learners(name):
     holds = lib.table({key: [number] for key, number in z.items()})[1]
     holds, last, worth, kappas = {key for key in holds if holds[key]}, z["last"], z["worth"], z["kappas"]
     if name == "Newton":
-        near(z["newton_steps"], np.arange(1, L + 1), "Newton matches itself")
-        near([*z["equal_rate"], last[0], last[2]], [1, z["equal_rate"][1], 1, 1], "itself", 1e-6)
+        near([*z["newton_steps"], z["equal_rate"][0], last[0], last[2]], [*range(1, 9), 1, 1, 1], "itself", 1e-6)
         near([worth[0], kappas[0], kappas[2]], [L, L, L], "it errs as its own step", 1e-6)
         assert {"newton_line", "like_newton"} <= holds
     elif name == "GD":
@@ -640,17 +626,33 @@ def test_rulers_by_hand():
     near([*lib.line_fit(y), *lib.line_fit(y[2:], 1)], [2, 1, 2, 1], "from layer 3 on")
     near(lib.line_fit(z)[1], np.corrcoef(np.arange(7), z[2:])[0, 1] ** 2, "R^2")
     assert lib.line_fit(np.ones(9))[1] == 0 == lib.line_fit([3], 1)[1], "a constant is no line"
+    near(lib.doublings([0, 0.5, 1, 8]), [0, 0, 0, 3], "at least one step")
 
 
 def test_layers_are_read_by_fitted_lines():
-    model = SimpleNamespace(read_out=torch.zeros(1), states=lambda xs, ys: torch.stack([xs, xs**3]))
-    prompts = [(xs.float(), (xs.sum(-1) + 5).float()) for xs, _ in (some(40), some(9))]
-    near(lib.read_layers(model, *prompts)[0], prompts[1][1], "y = 5 + a line of the state: the constant counts", 1e-5)
+    model = SimpleNamespace(read_out=torch.zeros(1), states=lambda xs, ys: xs[None] ** 3)
+    (X, Y), (x, _) = prompts = [(xs.float(), ys.float() + 5) for xs, ys in (some(40), some(9))]
+    line = np.linalg.lstsq(np.c_[X.flatten(0, 1) ** 3, np.ones(40 * 7)], Y.flatten(), rcond=None)[0]
+    near(lib.read_layers(model, *prompts)[0], x.double() ** 3 @ line[:3] + line[3], "a line and a constant", 1e-4)
+
+
+def test_best_polynomials():
+    fit, judge = some(200), some()
+    plant("fresh_prompts", lambda *args, purpose: fit)
+    plant("study", lambda config: SimpleNamespace(xs=judge[0], ys=judge[1]))
+    found, powers = lib.polynomial_errors(tiny(), 5), []
+    for xs, ys in (fit, judge):
+        S, b = (z[:, 5] for z in lib.prefix_moments(xs, ys))
+        S, b = S / (size := torch.linalg.matrix_norm(S, 2)[:, None, None]), b / size[..., 0]
+        powers.append(torch.stack([(xs[:, 5] * lib.times(S.matrix_power(j), b)).sum(1) for j in range(3)], 1))
+    for D in range(4):
+        weights = torch.linalg.pinv(powers[0][:, :D]) @ fit[1][:, 5]
+        near(found[D], (powers[1][:, :D] @ weights - judge[1][:, 5]).square().mean(), f"{D} steps", 1e-6)
 
 
 def test_softmax_attention_token_by_token():
-    p, Q, path = torch.tensor([0.4, 0.2, 0.2, 0.2]), torch.zeros(4, 4, requires_grad=True), []
-    generator = torch.Generator().manual_seed(SEED)
+    p, Q = torch.tensor([0.4, 0.2, 0.2, 0.2]), torch.zeros(4, 4, requires_grad=True)
+    generator, path = torch.Generator().manual_seed(SEED), []
     for _ in range(5):
         x = F.one_hot(torch.multinomial(p.expand(32, 4), 40, True, generator=generator), 4).float()
         answers = (x @ Q).softmax(1).mT @ x  # (32, k, 4): of a query for feature k, in the w.v_n
@@ -731,7 +733,7 @@ def test_the_readme_has_the_committed_table():
     assert (folder / "three_seeds" / "table.md").read_text("utf-8") in readme
     for path in folder.glob("three_seeds*/results.json"):  # your own runs write elsewhere
         m = json.loads(path.read_text("utf-8"))["measured"]
-        row = ((" ".join(f"{z:.2g}" for z in row) for row in ([pair[0] for pair in m["newton_rate"]], m["error"])))
+        row = (" ".join(f"{z:.2g}" for z in row) for row in ([pair[0] for pair in m["newton_rate"]], m["error"]))
         assert f"| {' | '.join(row)} |" in readme, path.parent.name
 
 
