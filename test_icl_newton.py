@@ -296,7 +296,7 @@ Read sections 4 to 9 (35 minutes), to read answers out of a layer, and to say wh
 
 - Predict: a layer's errors have similarity .97 with a Newton step's. Is the layer a Newton step?
   > At t < d most of an error no method can avoid; deviations shuffled over prompts score nearly so.
-- A paragraph: from your own `--preset quick`, is a layer a Newton step? Give numbers for and against.
+- A paragraph: from your `--preset quick --figures rates,products`, is a layer a Newton step? Numbers for and against!
   > Looked for: both rulers, the control CG, and that a rate alone does not identify an algorithm.
 
 ## 3. Weights by hand, weights by theory. Exercises 8 to 10 (15, 45, 45 minutes)
