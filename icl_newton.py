@@ -674,8 +674,8 @@ def conditioning(config, sheet):
 # %% What Part I found (three networks; README has the table)
 # By similarity a layer climbs two of Newton's steps, three after `--steps 4500`, as the paper's
 # do, while GD's steps double. CG starts faster and flattens; by size of error it stays ahead of
-# all layers (after 4,500 training steps, all but the last). After d examples the last layer errs
-# less than any method of as many first-order steps with fixed sizes; after n it ties.
+# all layers, but not of the last after 4,500 steps, or of the last of four. After d examples the
+# last layer errs less than any method of 8 first-order steps with fixed sizes; after n it ties.
 # Similarity says little: deviations from other prompts score nearly the same, and so does GD. So
 # a layer is as *fast* as one or two steps of Newton, which does not show that it *is* Newton.
 
