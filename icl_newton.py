@@ -81,7 +81,7 @@ class Config:
     curriculum: int = setting(12, "steps per added dimension; 0: all at once", 0, 10**6)
     seed: int = setting(1, "of weights and prompts", 0, 10**9)
     # Those above decide the weights of a network, these do not (tuning becomes its steps).
-    tuning: int = setting(300, "further steps at kappa, if it is above 1", 0, 10**7)
+    tuning: int = setting(500, "further steps at kappa, if it is above 1", 0, 10**7)
     seeds: int = setting(1, "how many networks, from `seed` on", 1, 100)
     prompts: int = setting(640, "prompts to compare on; readouts: 4 times as many", 2, 65_536)
     figures: str = setting("all", "which figures, separated by commas")
@@ -376,14 +376,15 @@ def training_step(model, optimizers, config, step, generator):
 def train(config):
     """The trained network of `config`; a killed run goes on at its checkpoint, bit for bit.
 
-    At kappa > 1 the network of kappa = 1 goes on, for `tuning` steps. FloatingPointError: errors
-    are not finite; ValueError: a damaged checkpoint."""
+    At kappa > 1 the network of kappa = 1 goes on, for `tuning` steps of half the size.
+    FloatingPointError: errors are not finite; ValueError: a damaged checkpoint."""
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
     model = Transformer(config).to(device)
     if config.kappa > 1:
         model.load_state_dict(train(dataclasses.replace(config, kappa=1.0)).state_dict())
-        config = dataclasses.replace(config, curriculum=0, steps=config.tuning)
+        config = dataclasses.replace(config, curriculum=0, steps=config.tuning,
+                                     muon_lr=config.muon_lr / 2)
     if config.steps == 0:
         return model.requires_grad_(False)
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -553,8 +554,8 @@ def convergence(config, sheet):
     early, late = digits[: len(digits) // 2], digits[-(len(digits) // 2) :]
     gained = late.mean(), max(early.mean(), 0.1)  # a tenth of a digit at least
     worth = [equal_error_steps(errors[-1], STEPS[k], curves[k]) for k in ("Newton", "CG", "GD")]
-    title = "The last layer errs as Newton after {worth[0]:.0f} steps, CG after {worth[1]:.0f}"
-    return axes, title + ", GD after {worth[2]:.0f}", {
+    title = "After n examples the last layer errs as Newton after {worth[0]:.0f} steps"
+    return axes, title + ", CG after {worth[1]:.0f}, GD after {worth[2]:.0f}", {
         "error": errors[-1] / config.d, "superlinear": gained, "worth": worth}
 
 
@@ -962,8 +963,7 @@ PRESETS = {  # name: (the first line that a run prints, settings)
         width=32, layers=6, prompts=256, figures="by_hand,rates,products", out="figures/quick")),
     "small": ("d = 5, n = 10, where conjugate gradient, too, looks like Newton", SMALL | dict(
         width=40, steps=5000, prompts=2048, out="figures/small")),
-    "long": ("the paper's problem, trained for half an hour", dict(
-        steps=8000, tuning=2000, out="figures/long")),
+    "long": ("the paper's problem, longer", dict(steps=8000, tuning=2000, out="figures/long")),
     "paper": ("the paper's problem, a network of the paper's size: for CUDA", dict(
         layers=12, width=256, heads=8, steps=12_000, batch=256, out="figures/paper"))}
 
