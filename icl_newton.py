@@ -674,8 +674,8 @@ def conditioning(config, sheet):
 
 # %% What Part I found (three networks; README has the table)
 # By similarity a layer climbs two of Newton's steps, three after `--steps 4500`, as the paper's
-# do, while GD's steps double. CG starts faster and flattens; by size of error it stays ahead of
-# all layers, but not of the last after 4,500 steps, or of the last of four. After d examples the
+# do; GD's steps double. CG starts faster and flattens; by size of error it stays ahead of all
+# layers, but not of the last after 4,500 steps, or of the last of four. After d examples the
 # last layer errs less than any method of 8 first-order steps with fixed sizes; after n it ties.
 # Similarity says little: deviations from other prompts score nearly the same, and so does GD. So
 # a layer is as *fast* as one or two steps of Newton, which does not show that it *is* Newton.
@@ -830,8 +830,8 @@ def stages(config, sheet):
     return axes, title, {"huang": (others / first, 5)}
 
 
-# %% Part III, machinery. 14. The claims, in the order of the story
-# A claim: what was measured against what it must beat, a control or a number fixed in advance.
+# %% Part III, machinery. 14. The claims
+# What was measured against what it must beat: a control or a number fixed in advance.
 
 CLAIMS = {  # key: (what is measured; what it must beat, the relation)
     "superlinear": ("fig. 2: digits gained late; early (or 0.1)", ">"),
