@@ -376,7 +376,7 @@ def training_step(model, optimizers, config, step, generator):
 def train(config):
     """The trained network of `config`; a killed run goes on at its checkpoint, bit for bit.
 
-    At kappa > 1 the network of kappa = 1 goes on, for `tuning` steps of half the size.
+    At kappa > 1 the network of kappa = 1 goes on, for `tuning` steps, Muon's half as large.
     FloatingPointError: errors are not finite; ValueError: a damaged checkpoint."""
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
@@ -963,7 +963,7 @@ PRESETS = {  # name: (the first line that a run prints, settings)
         width=32, layers=6, prompts=256, figures="by_hand,rates,products", out="figures/quick")),
     "small": ("d = 5, n = 10, where conjugate gradient, too, looks like Newton", SMALL | dict(
         width=40, steps=5000, prompts=2048, out="figures/small")),
-    "long": ("the paper's problem, longer", dict(steps=8000, tuning=2000, out="figures/long")),
+    "long": ("d = 20, n = 40, trained longer", dict(steps=8000, tuning=2000, out="figures/long")),
     "paper": ("the paper's problem, a network of the paper's size: for CUDA", dict(
         layers=12, width=256, heads=8, steps=12_000, batch=256, out="figures/paper"))}
 
