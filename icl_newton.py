@@ -21,7 +21,7 @@ n+1): a method's steps, a network's layers. So one ruler measures them all.
 
     Part I     the paper's claim: prompts, four learners, the network, two rulers, the figures
     Part II    theory that runs: Newton by hand; linear attention; softmax attention
-    Part III   machinery: claims, drawing, checkpoints, command line. Nothing to learn there.
+    Part III   machinery: claims, drawing, checkpoints, command line
 
 Unlike Fu's: 8 layers, not 12, of width 64, not 256; Muon, not Adam; 1/lambda_max(S) for GD's
 step size, not 0.01; SiLU, not GELU; positions start as sinusoids.
@@ -310,8 +310,8 @@ class Transformer(nn.Module):
 # The paper's Adam (`--recipe fu`) takes hundreds of thousands of steps. Three changes make them
 # thousands. First the loss. With e_t the error after t examples, it is
 #     mean over t of  sqrt( mean over prompts of |e_t|^1.5 ).
-# Early errors, a thousand times larger, no method can avoid; the late ones show how well a
-# network computes: the root lets them count. And |e|^1.5, since among squares a few unlucky
+# No method can avoid early errors, a thousand times larger; late ones show how well a network
+# computes: the root lets them count. And |e|^1.5, since among squares a few unlucky
 # prompts drown the rest.
 
 # Second the optimiser. Muon (Keller Jordan, 2024) replaces each matrix's momentum by the
@@ -426,7 +426,7 @@ def read_layers(model, fitting, prompts):
     return torch.einsum("lptw,lw->lpt", judged, readouts)
 
 
-# How many steps each entry of a method's trajectory stands for; a network's: 0, 1, 2, ...
+# How many steps an entry of a method's trajectory stands for; a network's: 0, 1, 2, ...
 STEPS = {"Newton": range(33), "CG": range(25), "GD": [0, *(2**k for k in range(17))]}
 
 
@@ -470,9 +470,10 @@ def equal_error_steps(errors, counts, run_errors):
     return np.interp(wanted, reached, np.array(counts)[first])
 
 
-# Rates are measured from layer 3 on, as the paper's are: the first two gather y's to x's. Two
-# shapes compete: a line, steps = a + b l, and an exponential, log2 steps = a + b l. R^2, the
-# share of its variance that a fit explains, says which is straighter; six points say no more.
+# Rates are measured from layer 3 on: the first two gather y's to x's. (The paper's: layers 3 to
+# 9, before its plateau.) Two shapes compete: a line, steps = a + b l, and an exponential, log2
+# steps = a + b l. R^2, the share of its variance that a fit explains, says which is straighter.
+# CG's steps 1 to 8 pass both tests: a shape alone is no evidence.
 
 FIRST_LAYER = 3
 
@@ -562,7 +563,7 @@ def convergence(config, sheet):
 # What is similarity made of? Most of an error no method can avoid: t < d examples do not
 # determine w*. So a *null* takes each layer's best Newton step and adds the deviations from
 # it that the layer shows on *another* prompt. Small deviations score high, whatever their
-# direction: a score at its null says how small they are, no more.
+# direction: a score at its null says how small they are.
 
 def null_similarity(layers, steps, ys):
     """SimE (L,) of layers (L, P, n+1) with steps (L, P, n+1), deviations shuffled."""
@@ -672,13 +673,13 @@ def conditioning(config, sheet):
         "kappas": worth, "kappa_gd": (worth[3], 4 * max(worth[1], 1))}
 
 
-# %% What Part I found (three networks; README has the table)
+# %% What Part I found (README has the table)
 # By similarity a layer climbs two of Newton's steps, three after `--steps 4500`, as the paper's
-# do; GD's steps double. CG starts faster and flattens; by size of error it stays ahead until
-# the last layer draws level. After d examples the last layer errs less than any method of 8
-# first-order steps with fixed sizes; after n it is hardly better.
-# Similarity says little: deviations from other prompts score nearly the same, and so does GD. So
-# a layer is as *fast* as one or two steps of Newton, which does not show that it *is* Newton.
+# do; GD's steps double. CG starts faster and flattens; by size of error after n examples it is
+# ahead until the last layer draws level; after d, layers pass it, and the last errs less than
+# any method of 8 first-order steps with fixed sizes; after n it is hardly better.
+# Similarity says little: deviations from other prompts score nearly the same, and GD no less. So
+# a layer is as *fast* as one to three steps of Newton, which does not show that it *is* Newton.
 
 
 # %% Part II, theory that runs. 11. Newton's weights, written by hand (Fu, theorem 5.1)
@@ -831,9 +832,8 @@ def stages(config, sheet):
 
 
 # %% Part III, machinery. 14. The claims
-# What was measured against what it must beat: a control or a number fixed in advance.
 
-CLAIMS = {  # key: (what is measured; what it must beat, the relation)
+CLAIMS = {  # key: (what is measured; what it must beat: a control, a number fixed before)
     "superlinear": ("fig. 2: digits gained late; early (or 0.1)", ">"),
     "newton_rate": ("fig. 3: Newton steps a layer (2.93); a step of CG", ">"),
     "equal_rate": ("the same by size of error after n examples", ">"),
@@ -841,7 +841,7 @@ CLAIMS = {  # key: (what is measured; what it must beat, the relation)
     "gd_exponential": ("fig. 3: R^2 of GD's steps: exponential; line", ">"),
     "like_newton": ("1 - similarity: GD (.043); Newton (.009)", ">"),
     "like_ols": ("similarity to least squares; our goal", ">"),
-    "products_d": ("first-order steps it is worth after d; layers", ">"),
+    "products_d": ("first-order steps the last layer is worth after d; layers", ">"),
     "products_n": ("the same after n examples", ">"),
     "kappa_gd": ("fig. 4: its GD steps at kappa 100; 4 times those at 1", ">"),
     "by_hand": ("thm. 5.1: weights by hand, distance from Newton", "<"),
@@ -916,7 +916,7 @@ class Checkpoint:
 
     def __init__(self, config, model, optimizers, generator):
         self.parts, self.generator = [model, *optimizers], generator
-        # Code is known by what it does: try the first and the last step on a copy.
+        # Code is known by what it does: try its first and last step on a copy.
         other, *its_optimizers = copy.deepcopy(self.parts)
         twin = torch.Generator(generator.device).manual_seed(0)
         for step in (0, config.steps - 1):
@@ -1049,5 +1049,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__" and Path(globals().get("__file__", "")).is_file():
-    # In a notebook, or from standard input, there is no file: call run(Config()).
+    # In a notebook or from standard input there is no file: call run(Config()).
     sys.exit(main())
