@@ -311,8 +311,8 @@ class Transformer(nn.Module):
 # thousands. First the loss. With e_t the error after t examples, it is
 #     mean over t of  sqrt( mean over prompts of |e_t|^1.5 ).
 # No method can avoid early errors, a thousand times larger; late ones show how well a network
-# computes: the root lets them count. And |e|^1.5, since among squares a few unlucky
-# prompts drown the rest.
+# computes: the root lets them count. And |e|^1.5, since among squares a few unlucky prompts
+# drown the rest.
 
 # Second the optimiser. Muon (Keller Jordan, 2024) replaces each matrix's momentum by the
 # nearest orthogonal matrix: all directions are learned at one speed. To find it takes five
@@ -833,7 +833,7 @@ def stages(config, sheet):
 
 # %% Part III, machinery. 14. The claims
 
-CLAIMS = {  # key: (what is measured; what it must beat: a control, a number fixed before)
+CLAIMS = {  # key: (measured; what it must beat: a control, a fixed number; the relation)
     "superlinear": ("fig. 2: digits gained late; early (or 0.1)", ">"),
     "newton_rate": ("fig. 3: Newton steps a layer (2.93); a step of CG", ">"),
     "equal_rate": ("the same by size of error after n examples", ">"),
@@ -960,7 +960,8 @@ SMALL = dict(d=5, n=10, batch=64, curriculum=0)
 PRESETS = {  # name: (the first line that a run prints, settings)
     "default": ("the paper's problem, d = 20 and n = 40, in a smaller network", {}),
     "quick": ("a first look at d = 5; its numbers are not to be trusted", SMALL | dict(
-        width=32, layers=6, prompts=256, figures="by_hand,rates,products", out="figures/quick")),
+        width=32, layers=6, steps=1500, prompts=256, figures="by_hand,rates,products",
+        out="figures/quick")),
     "small": ("d = 5, n = 10, where conjugate gradient, too, looks like Newton", SMALL | dict(
         width=40, steps=5000, prompts=2048, out="figures/small")),
     "long": ("d = 20, n = 40, trained longer", dict(steps=8000, tuning=2000, out="figures/long")),
