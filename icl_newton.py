@@ -42,10 +42,10 @@ import functools
 import hashlib
 import io
 import json
-import math
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,8 +130,7 @@ def fresh_prompts(config, count, purpose):
 #     gradient descent  w <- w - eta (S w - b)     O(kappa(S) log 1/eps) steps
 #     Iterative Newton  M <- 2M - M S M, w = M b   O(log kappa(S) + log log 1/eps) steps
 #     conjugate gradient: the least error on the examples that a method can reach which multiplies
-#         by S once a step; the least of all after d steps. It is our *control*: whatever CG does,
-#         too, is no evidence for Newton.
+#         by S once a step. Our *control*: whatever CG does, too, is no evidence for Newton.
 
 # Newton looks for the inverse of S. Let R_k = I - S M_k be what is missing from it. Then
 #     R_{k+1} = I - S (2 M_k - M_k S M_k) = (I - S M_k)^2 = R_k^2,
@@ -142,10 +141,9 @@ def fresh_prompts(config, count, purpose):
 
 # As (1 - x)^N is about e^(-N x), a direction is found once 2^k alpha lambda^2, or m eta lambda,
 # passes 1. With alpha = 1/lambda_max^2 and eta = 1/lambda_max, Newton has found the directions
-# lambda > lambda_max 2^(-k/2), GD those lambda > lambda_max/m. So at first a step of Newton
-# lowers the smallest lambda in *reach* by sqrt(2), and k steps are worth about 2^(k/2) of GD.
-# Once all directions are found, digits double, and so must the steps of GD. The figures mostly
-# measure the first phase.
+# lambda > lambda_max 2^(-k/2), GD those lambda > lambda_max/m. So at first a Newton step lowers
+# the least lambda in *reach* by sqrt(2); k steps are worth about 2^(k/2) of GD. Once all are
+# found, digits double, and so must the steps of GD. The figures mostly measure the first phase.
 
 # Newton converges for alpha < 2/lambda_max(S)^2. Fu print the edge, 2/||S S^T||_2: one
 # eigenvalue of R is -1 there, and its square never shrinks. And the order of factors matters:
@@ -270,10 +268,10 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads, L, W = config.heads, config.layers, config.width
-        self.read_in = nn.Parameter(torch.randn(W, config.d) / math.sqrt(config.d))
+        self.read_in = nn.Parameter(torch.randn(W, config.d) / config.d**0.5)
         self.positions = nn.Parameter(0.3 * sinusoids(2 * config.n + 1, W))
         self.read_out = nn.Parameter(torch.zeros(W))
-        scale = torch.tensor([1, 1, 1, 0.5])[:, None, None] / math.sqrt(3 * W)  # less for writers
+        scale = torch.tensor([1, 1, 1, 0.5])[:, None, None] / (3 * W) ** 0.5  # less for writers
         self.attention = nn.Parameter(torch.randn(L, 4, W, W) * scale)  # Q, K, V, O
         self.mlp = nn.Parameter(torch.randn(L, 2, 2 * W, W) * scale[2:])  # up, down^T
 
@@ -311,13 +309,12 @@ class Transformer(nn.Module):
 # thousands. First the loss. With e_t the error after t examples, it is
 #     mean over t of  sqrt( mean over prompts of |e_t|^1.5 ).
 # No method can avoid early errors, a thousand times larger; late ones show how well a network
-# computes: the root lets them count. And |e|^1.5, since among squares a few unlucky prompts
-# drown the rest.
+# computes: the root lets them count. And |e|^1.5, since a few unlucky squares drown the rest.
 
 # Second the optimiser. Muon (Keller Jordan, 2024) replaces each matrix's momentum by the
-# nearest orthogonal matrix: all directions are learned at one speed. To find it takes five
-# steps of X <- a X + b X X^T X + c X (X^T X)^2, a relative of Newton's, which move a singular
-# value s to a s + b s^3 + c s^5. Jordan's a, b, c drive it to about 1 fast.
+# nearest orthogonal matrix: all directions are learned at one speed. Five steps find it, X <-
+# a X + b X X^T X + c X (X^T X)^2, a relative of Newton's: they move a singular value s to a s +
+# b s^3 + c s^5. Jordan's a, b, c drive it to about 1 fast.
 
 # Third a curriculum (Garg et al., 2022): 2 dimensions and 6 examples at first, then more, up
 # to d and n. Training at d = 20 does not start without it.
@@ -342,7 +339,7 @@ class Muon(torch.optim.Optimizer):
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalize(p.grad.lerp(average, group["momentum"]))
-                p.sub_(update, alpha=group["lr"] * 0.2 * math.sqrt(max(p.shape[-2:])))
+                p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape[-2:]) ** 0.5)
 
 
 def make_optimizers(model, config):
@@ -359,13 +356,17 @@ def training_step(model, optimizers, config, step, generator):
     d = min(2 + step // config.curriculum, config.d) if config.curriculum else config.d
     n = config.n if d == config.d else min(2 * d + 2, config.n)
     xs, ys = sample_prompts(config.batch, n, d, config.kappa, config.noise, generator)
-    error = model(F.pad(xs, (0, config.d - d)), ys) - ys  # inactive dimensions are 0
-    if config.recipe == "fu":
-        loss, factor = error.square().mean(), 1
-    else:
+    parts = 1 if xs.is_cuda else min(2, torch.get_num_threads())
+    xs = F.pad(xs, (0, config.d - d))  # inactive dimensions are 0
+    halves = side_by_side(model, xs.chunk(parts), ys.chunk(parts))  # section 16
+    answers = torch.cat(halves).detach().requires_grad_()
+    error = answers - ys
+    loss, factor = error.square().mean(), 1  # the paper's; factor of the step sizes
+    if config.recipe == "muon":
         loss = error.abs().clamp_min(TINY).pow(1.5).mean(0).sqrt().mean()
-        factor = min((step + 1) / 100, 1) * (1 - step / config.steps)  # of the step sizes
-    loss.backward()
+        factor = min((step + 1) / 100, 1) * (1 - step / config.steps)
+    loss.backward()  # to the answers; then, in halves, to the weights: gradients add up
+    side_by_side(torch.Tensor.backward, halves, answers.grad.chunk(parts))
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
         optimizer.step()
@@ -397,8 +398,8 @@ def train(config):
             if not error.isfinite().all():
                 raise FloatingPointError(f"errors are not finite at step {done}")
             left = (time.perf_counter() - start) / (done - first) * (config.steps - done)
-            last, n = error[:, -1].square().mean() / config.d, error.shape[1] - 1
-            print(f"  step {done}: error / d {last:.4f}, t = {n}; {left:.0f} s left", flush=True)
+            last = error[:, -1].square().mean() / config.d
+            print(f"  step {done}: error / d {last:.4f}; {left:.0f} s left", flush=True)
             checkpoint.save(done)
     return model.requires_grad_(False)
 
@@ -437,21 +438,20 @@ def study(config):
     runs: {learner: its trajectory, at STEPS}; least_squares: its predictions."""
     fitting = fresh_prompts(config, 4 * config.prompts, purpose=1)
     xs, ys = fresh_prompts(config, config.prompts, purpose=2)
-    layers = read_layers(train(config), fitting, (xs, ys))
     S, b = prefix_moments(xs, ys, ridge=config.noise**2)
-    weights = {"Newton": newton(S, b, STEPS["Newton"][-1]),
-               "GD": gradient_descent_after(S, b, STEPS["GD"]),
-               "CG": conjugate_gradient(S, b, STEPS["CG"][-1])}
-    runs = {name: predict(w, xs) for name, w in weights.items()} | {"Transformer": layers}
+    runs = {"Newton": predict(newton(S, b, STEPS["Newton"][-1]), xs),
+            "GD": predict(gradient_descent_after(S, b, STEPS["GD"]), xs),
+            "CG": predict(conjugate_gradient(S, b, STEPS["CG"][-1]), xs),
+            "Transformer": read_layers(train(config), fitting, (xs, ys))}
     return SimpleNamespace(xs=xs, ys=ys, runs=runs, least_squares=predict(ols(S, b), xs))
 
 
 # %% 7. Two rulers
 # How many steps of Newton is a layer worth? *Similarity* (Fu, section 4.1) asks which step
 # makes the most similar errors: the cosine between the vectors of errors that two learners
-# make on a prompt, over t = 1..n. (The authors' code counts t = 0, too, where nobody knows
-# anything.) *Equal error* asks after how many steps Newton errs as little as the layer. Any
-# learner can stand in the layer's place, and a known one should: Newton must give 0, 1, 2.
+# make on a prompt, over t = 1..n. (The authors' code counts t = 0, too.) *Equal error* asks
+# after how many steps Newton errs as little as the layer. Any learner can stand in the layer's
+# place, and a known one should: Newton must give 0, 1, 2.
 
 def similarity_of_errors(traj_a, traj_b, ys):
     """Fu's SimE: cosines of prediction - y over t = 1..n, averaged over prompts, in float64.
@@ -475,20 +475,12 @@ def equal_error_steps(errors, counts, run_errors):
 # steps = a + b l. R^2, the share of its variance that a fit explains, says which is straighter.
 # CG's steps 1 to 8 pass both tests: a shape alone is no evidence.
 
-FIRST_LAYER = 3
-
-
-def line_fit(steps, first=FIRST_LAYER):
+def line_fit(steps, first=3):
     """Slope and R^2 (0 if all are equal) of the line through steps (L,), layers `first` to L."""
     y = np.asarray(steps, dtype=float)[first - 1 :]
     x = np.arange(len(y)) - (len(y) - 1) / 2  # centred
     slope = x @ y / max(x @ x, TINY)
     return slope, slope**2 * x.var() / max(y.var(), 1e-12)
-
-
-def doublings(steps):
-    """log2 of numbers of steps; less than one step counts as one."""
-    return np.log2(np.maximum(steps, 1))
 
 
 # %% 8. The paper's figures
@@ -539,8 +531,8 @@ def rates(config, sheet):
     return axes, title + "; by size of error after n {equal_rate[0]:.1f}, {equal_rate[1]:.1f}", {
         "newton_rate": (line_fit(to_newton)[0], line_fit(cg, 1)[0]),
         "equal_rate": (line_fit(equal)[0], line_fit(cg_equal, 1)[0]),
-        "newton_line": (line_fit(to_newton)[1], line_fit(doublings(to_newton))[1]),
-        "gd_exponential": (line_fit(doublings(to_gd))[1], line_fit(to_gd)[1]),
+        "newton_line": (line_fit(to_newton)[1], line_fit(np.log2(to_newton.clip(1)))[1]),
+        "gd_exponential": (line_fit(np.log2(to_gd.clip(1)))[1], line_fit(to_gd)[1]),
         "newton_steps": to_newton, "gd_steps": to_gd}
 
 
@@ -551,7 +543,7 @@ def convergence(config, sheet):
     learning_curves(config, config.d + 2, axes[1])
     curves = learning_curves(config, config.n, axes[0])
     errors = curves["Transformer"]
-    digits = -errors[FIRST_LAYER - 1 :].log10().diff()  # gained by layers 3..L
+    digits = -errors[2:].log10().diff()  # gained by layers 3..L
     early, late = digits[: len(digits) // 2], digits[-(len(digits) // 2) :]
     gained = late.mean(), max(early.mean(), 0.1)  # a tenth of a digit at least
     worth = [equal_error_steps(errors[-1], STEPS[k], curves[k]) for k in ("Newton", "CG", "GD")]
@@ -564,12 +556,6 @@ def convergence(config, sheet):
 # determine w*. So a *null* takes each layer's best Newton step and adds the deviations from
 # it that the layer shows on *another* prompt. Small deviations score high, whatever their
 # direction: a score at its null says how small they are.
-
-def null_similarity(layers, steps, ys):
-    """SimE (L,) of layers (L, P, n+1) with steps (L, P, n+1), deviations shuffled."""
-    deviations = (layers - steps).roll(1, dims=1)  # prompts are independent: the previous one's
-    return similarity_of_errors(steps + deviations, steps, ys).diagonal()
-
 
 def heatmaps(config, sheet):
     """Fu, figures 3, 8, 10: similarity of errors; what a null and t > d alone score."""
@@ -586,7 +572,9 @@ def heatmaps(config, sheet):
             ax.figure.colorbar(mesh, ax=ax, label="similarity of errors")
             ax.plot(x, similarity.argmax(1), "ow", markeredgecolor="black", label="best step")
             ax.set_yticks(range(0, len(steps), 4), steps[::4])
-    null = null_similarity(layers, newton_run[alike["Newton"].argmax(1)], s.ys)
+    best = newton_run[alike["Newton"].argmax(1)]  # (L, P, n+1)
+    shuffled = best + (layers - best).roll(1, dims=1)  # deviations of the previous prompt
+    null = similarity_of_errors(shuffled, best, s.ys).diagonal()
     late = similarity_of_errors(layers[..., d:], newton_run[..., d:], s.ys[:, d:])  # drops t = d
     curve(axes[2], "shuffled null", null)
     curve(axes[2], "Newton, t > d alone", late.amax(1), style=":")
@@ -819,8 +807,7 @@ def train_attention(K, p_1, steps, seed, eta=2.0):
 
 def stages(config, sheet):
     """Huang, section 3: balanced features are learned together, a dominant one first."""
-    axes = sheet("all features alike, p = 1/16", "feature 1 has p = 1/2", xlabel="training step",
-                 ylabel="loss")
+    axes = sheet("all p_k = 1/16", "p_1 = 1/2", xlabel="training step", ylabel="loss")
     for ax, p_1 in zip(axes, (1 / 16, 1 / 2)):
         path = train_attention(16, p_1, 3000, config.seed)
         ax.loglog(path[0], color="black", label="queries for feature 1")
@@ -872,8 +859,8 @@ STYLE = {"axes.grid": True, "grid.alpha": 0.25, "lines.markersize": 4, "lines.li
 
 def make_sheet(*titles, **settings):
     """The panels of an empty picture, one a title, all with these settings."""
-    size = 4.5 * max(len(titles), 2), 4.2  # inches
-    picture = matplotlib.figure.Figure(size, dpi=130, layout="constrained")
+    inches = 4.5 * max(len(titles), 2), 4.2
+    picture = matplotlib.figure.Figure(inches, dpi=130, layout="constrained")
     axes = picture.subplots(1, len(titles), squeeze=False)[0]
     for ax, title in zip(axes, titles):
         ax.set(title=title, **settings)
@@ -897,18 +884,29 @@ def draw(axes, title):
     return buffer.getvalue()
 
 
-# %% 16. Checkpoints
+# %% 16. Threads, files and checkpoints
+
+TWO = ThreadPoolExecutor(2)
+
+
+def side_by_side(function, *halves):
+    """[function(a, b, ...), one a half], both at once, each with half of torch's threads.
+
+    Our small products are not worth splitting; a batch is, once, from end to end."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        return list(TWO.map(function, *halves))
+    finally:
+        torch.set_num_threads(threads)
+
 
 def write_file(path, content):
-    """Write bytes; a kill leaves the old file or the new one. OSError, in one line."""
+    """Write bytes; a kill leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 class Checkpoint:
@@ -916,7 +914,7 @@ class Checkpoint:
 
     def __init__(self, config, model, optimizers, generator):
         self.parts, self.generator = [model, *optimizers], generator
-        # Code is known by what it does: try its first and last step on a copy.
+        # Code is known by what it does: the first and last step, tried on a copy.
         other, *its_optimizers = copy.deepcopy(self.parts)
         twin = torch.Generator(generator.device).manual_seed(0)
         for step in (0, config.steps - 1):
@@ -960,8 +958,7 @@ SMALL = dict(d=5, n=10, batch=64, curriculum=0)
 PRESETS = {  # name: (the first line that a run prints, settings)
     "default": ("the paper's problem, d = 20 and n = 40, in a smaller network", {}),
     "quick": ("a first look at d = 5; its numbers are not to be trusted", SMALL | dict(
-        width=32, layers=6, steps=1500, prompts=256, figures="by_hand,rates,products",
-        out="figures/quick")),
+        width=32, layers=6, steps=1500, figures="by_hand,rates,products", out="figures/quick")),
     "small": ("d = 5, n = 10, where conjugate gradient, too, looks like Newton", SMALL | dict(
         width=40, steps=5000, prompts=2048, out="figures/small")),
     "long": ("d = 20, n = 40, trained longer", dict(steps=8000, tuning=2000, out="figures/long")),
