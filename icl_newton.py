@@ -45,7 +45,6 @@ import json
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,7 +129,8 @@ def fresh_prompts(config, count, purpose):
 #     gradient descent  w <- w - eta (S w - b)     O(kappa(S) log 1/eps) steps
 #     Iterative Newton  M <- 2M - M S M, w = M b   O(log kappa(S) + log log 1/eps) steps
 #     conjugate gradient: the least error on the examples that a method can reach which multiplies
-#         by S once a step. Our *control*: whatever CG does, too, is no evidence for Newton.
+#         by S once a step; the least of all after d steps. It is our *control*: whatever CG does,
+#         too, is no evidence for Newton.
 
 # Newton looks for the inverse of S. Let R_k = I - S M_k be what is missing from it. Then
 #     R_{k+1} = I - S (2 M_k - M_k S M_k) = (I - S M_k)^2 = R_k^2,
@@ -141,9 +141,10 @@ def fresh_prompts(config, count, purpose):
 
 # As (1 - x)^N is about e^(-N x), a direction is found once 2^k alpha lambda^2, or m eta lambda,
 # passes 1. With alpha = 1/lambda_max^2 and eta = 1/lambda_max, Newton has found the directions
-# lambda > lambda_max 2^(-k/2), GD those lambda > lambda_max/m. So at first a Newton step lowers
-# the least lambda in *reach* by sqrt(2); k steps are worth about 2^(k/2) of GD. Once all are
-# found, digits double, and so must the steps of GD. The figures mostly measure the first phase.
+# lambda > lambda_max 2^(-k/2), GD those lambda > lambda_max/m. So at first a step of Newton
+# lowers the smallest lambda in *reach* by sqrt(2), and k steps are worth about 2^(k/2) of GD.
+# Once all directions are found, digits double, and so must the steps of GD. The figures mostly
+# measure the first phase.
 
 # Newton converges for alpha < 2/lambda_max(S)^2. Fu print the edge, 2/||S S^T||_2: one
 # eigenvalue of R is -1 there, and its square never shrinks. And the order of factors matters:
@@ -356,17 +357,12 @@ def training_step(model, optimizers, config, step, generator):
     d = min(2 + step // config.curriculum, config.d) if config.curriculum else config.d
     n = config.n if d == config.d else min(2 * d + 2, config.n)
     xs, ys = sample_prompts(config.batch, n, d, config.kappa, config.noise, generator)
-    parts = 1 if xs.is_cuda else min(2, torch.get_num_threads())
-    xs = F.pad(xs, (0, config.d - d))  # inactive dimensions are 0
-    halves = side_by_side(model, xs.chunk(parts), ys.chunk(parts))  # section 16
-    answers = torch.cat(halves).detach().requires_grad_()
-    error = answers - ys
-    loss, factor = error.square().mean(), 1  # the paper's; factor of the step sizes
+    error = model(F.pad(xs, (0, config.d - d)), ys) - ys  # inactive dimensions are 0
+    loss, factor = error.square().mean(), 1  # fu: the paper's loss, full steps
     if config.recipe == "muon":
         loss = error.abs().clamp_min(TINY).pow(1.5).mean(0).sqrt().mean()
         factor = min((step + 1) / 100, 1) * (1 - step / config.steps)
-    loss.backward()  # to the answers; then, in halves, to the weights: gradients add up
-    side_by_side(torch.Tensor.backward, halves, answers.grad.chunk(parts))
+    loss.backward()
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
         optimizer.step()
@@ -398,8 +394,8 @@ def train(config):
             if not error.isfinite().all():
                 raise FloatingPointError(f"errors are not finite at step {done}")
             left = (time.perf_counter() - start) / (done - first) * (config.steps - done)
-            last = error[:, -1].square().mean() / config.d
-            print(f"  step {done}: error / d {last:.4f}; {left:.0f} s left", flush=True)
+            last, n = error[:, -1].square().mean() / config.d, error.shape[1] - 1
+            print(f"  step {done}: error / d {last:.4f}, t = {n}; {left:.0f} s left", flush=True)
             checkpoint.save(done)
     return model.requires_grad_(False)
 
@@ -449,9 +445,9 @@ def study(config):
 # %% 7. Two rulers
 # How many steps of Newton is a layer worth? *Similarity* (Fu, section 4.1) asks which step
 # makes the most similar errors: the cosine between the vectors of errors that two learners
-# make on a prompt, over t = 1..n. (The authors' code counts t = 0, too.) *Equal error* asks
-# after how many steps Newton errs as little as the layer. Any learner can stand in the layer's
-# place, and a known one should: Newton must give 0, 1, 2.
+# make on a prompt, over t = 1..n. (The authors' code counts t = 0, too, where nobody knows
+# anything.) *Equal error* asks after how many steps Newton errs as little as the layer. Any
+# learner can stand in the layer's place, and a known one should: Newton must give 0, 1, 2.
 
 def similarity_of_errors(traj_a, traj_b, ys):
     """Fu's SimE: cosines of prediction - y over t = 1..n, averaged over prompts, in float64.
@@ -472,8 +468,8 @@ def equal_error_steps(errors, counts, run_errors):
 
 # Rates are measured from layer 3 on: the first two gather y's to x's. (The paper's: layers 3 to
 # 9, before its plateau.) Two shapes compete: a line, steps = a + b l, and an exponential, log2
-# steps = a + b l. R^2, the share of its variance that a fit explains, says which is straighter.
-# CG's steps 1 to 8 pass both tests: a shape alone is no evidence.
+# steps = a + b l. R^2, the share of variance that a fit explains, says which is straighter. CG's
+# steps 1 to 8 pass both tests: a shape alone is no evidence.
 
 def line_fit(steps, first=3):
     """Slope and R^2 (0 if all are equal) of the line through steps (L,), layers `first` to L."""
@@ -565,7 +561,7 @@ def heatmaps(config, sheet):
     layers, newton_run = s.runs["Transformer"][1:], s.runs["Newton"]
     alike = {k: similarity_of_errors(layers, s.runs[k], s.ys) for k in ("Newton", "GD")}
     for ax, (name, similarity) in zip(axes, alike.items()):  # (L, steps)
-        curve(axes[2], name, similarity.amax(1))
+        curve(axes[2], name, 1 - similarity.amax(1))
         if not ax.collections:  # the first seed's
             x, steps = range(1, len(layers) + 1), STEPS[name]
             mesh = ax.pcolormesh(x, range(len(steps)), similarity.T, vmin=0.5, vmax=1)
@@ -576,9 +572,9 @@ def heatmaps(config, sheet):
     shuffled = best + (layers - best).roll(1, dims=1)  # deviations of the previous prompt
     null = similarity_of_errors(shuffled, best, s.ys).diagonal()
     late = similarity_of_errors(layers[..., d:], newton_run[..., d:], s.ys[:, d:])  # drops t = d
-    curve(axes[2], "shuffled null", null)
-    curve(axes[2], "Newton, t > d alone", late.amax(1), style=":")
-    axes[2].set(ylabel="similarity of errors", ylim=(0, 1.03))
+    curve(axes[2], "shuffled null", 1 - null)
+    curve(axes[2], "Newton, t > d alone", 1 - late.amax(1), style=":")
+    axes[2].set(ylabel="1 - similarity", yscale="log", ylim=(1e-3, 1))
     last = [z[-1].max() for z in alike.values()] + [null[-1]]
     title = "The last layer's similarity to Newton is {last[0]:.3f}, to GD {last[1]:.3f}"
     return axes, title + "; shuffled, to Newton {last[2]:.3f}", {
@@ -630,11 +626,11 @@ def polynomial_errors(config, t):
 def products(config, sheet):
     """New: D* of the layers, of Newton's steps and of CG's, after d and after n examples."""
     L, found, worth = config.layers, {}, {}
-    axes = sheet(f"after d = {config.d} examples", f"after all {config.n}", yscale="log",
-                 xlabel="layer or step", ylabel="first-order steps", ylim=(0.8, MOST_STEPS))
+    axes = sheet(f"after d = {config.d} examples", f"after all {config.n}",
+                 xlabel="layer or step", ylabel="first-order steps")
     for ax, name, t in zip(axes, ("products_d", "products_n"), (config.d, config.n)):
         x, best, curves = range(1, L + 1), polynomial_errors(config, t), learning_curves(config, t)
-        ax.fill_between(x, 0.8, x, color="#DDDDDD", label="one first-order step a layer, or less")
+        ax.fill_between(x, 0, x, color="#DDDDDD", label="one first-order step a layer, or less")
         for label in ("Newton", "CG", "Transformer"):
             worth[label] = equal_error_steps(curves[label][1 : L + 1], range(len(best)), best)
             curve(ax, label, worth[label])
@@ -807,7 +803,8 @@ def train_attention(K, p_1, steps, seed, eta=2.0):
 
 def stages(config, sheet):
     """Huang, section 3: balanced features are learned together, a dominant one first."""
-    axes = sheet("all p_k = 1/16", "p_1 = 1/2", xlabel="training step", ylabel="loss")
+    axes = sheet("all features alike, p = 1/16", "feature 1 has p = 1/2", xlabel="training step",
+                 ylabel="loss")
     for ax, p_1 in zip(axes, (1 / 16, 1 / 2)):
         path = train_attention(16, p_1, 3000, config.seed)
         ax.loglog(path[0], color="black", label="queries for feature 1")
@@ -884,29 +881,18 @@ def draw(axes, title):
     return buffer.getvalue()
 
 
-# %% 16. Threads, files and checkpoints
-
-TWO = ThreadPoolExecutor(2)
-
-
-def side_by_side(function, *halves):
-    """[function(a, b, ...), one a half], both at once, each with half of torch's threads.
-
-    Our small products are not worth splitting; a batch is, once, from end to end."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // 2))
-    try:
-        return list(TWO.map(function, *halves))
-    finally:
-        torch.set_num_threads(threads)
-
+# %% 16. Files and checkpoints
 
 def write_file(path, content):
-    """Write bytes; a kill leaves the old file or the new one."""
+    """Write bytes; a kill leaves the old file or the new one. OSError, in one line."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror}") from None
 
 
 class Checkpoint:
@@ -914,7 +900,7 @@ class Checkpoint:
 
     def __init__(self, config, model, optimizers, generator):
         self.parts, self.generator = [model, *optimizers], generator
-        # Code is known by what it does: the first and last step, tried on a copy.
+        # Code is known by what it does: try its first and last step on a copy.
         other, *its_optimizers = copy.deepcopy(self.parts)
         twin = torch.Generator(generator.device).manual_seed(0)
         for step in (0, config.steps - 1):

@@ -473,9 +473,8 @@ def test_muon():
         near(p.detach(), slow, "average, look ahead, .2 lr sqrt(larger side)")
 
 
-@pytest.mark.parametrize("recipe, threads", [("muon", 1), ("muon", 3), ("fu", 2)])
-def test_training_step_by_hand(recipe, threads):
-    torch.set_num_threads(threads)
+@pytest.mark.parametrize("recipe", ["muon", "fu"])
+def test_training_step_by_hand(recipe):
     model, config, (xs, ys) = torch.nn.Module(), tiny(recipe=recipe, steps=300), some()
     xs[:, 4] = ys[:, 4] = 0  # no error at all
     model.w, x = torch.nn.Parameter(draws(7)), xs[..., 0]
@@ -488,7 +487,7 @@ def test_training_step_by_hand(recipe, threads):
         slope, factor = (2 * e * x, 1) if recipe == "fu" else (slope, factor)
         near(lib.training_step(model, [torch.optim.SGD([model.w], 0.5)], config, step, 0), e, "errors before")
         near(model.w.detach(), w - 0.5 * factor * slope.mean(0) / 7, "root of mean |e|^1.5; fu: squares")
-    assert calls[0].args == (8, 6, 3, 1.0, 0.0, 0) and torch.get_num_threads() == threads, "prompts; threads"
+    assert calls[0].args == (8, 6, 3, 1.0, 0.0, 0), "batch, n, d, kappa, noise, generator"
     for step, n, d in ((9, 6, 2), (10, 8, 3), (29, 8, 4), (30, 8, 5), (98, 8, 5)):
         lib.training_step(model, [], tiny(d=5, n=8, curriculum=10, steps=99), step, 0)
         assert calls[-1].args[1:3] == (n, d), "two dimensions and 2d + 2 examples, then more"
@@ -546,9 +545,9 @@ def test_damaged_checkpoints():
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=f"{path.name} is damaged: delete it"):
             lib.train(tiny())
-    with mock.patch.object(Path, "replace", side_effect=OSError(28, "full")), pytest.raises(OSError, match="full"):
+    with mock.patch.object(Path, "replace", side_effect=OSError(28, "full")), pytest.raises(OSError, match=f"{path}: full"):
         lib.write_file(path, good)
-    assert path.read_bytes() == bad, "the old file or the new one"
+    assert path.read_bytes() == bad and len(os.listdir("checkpoints")) == 1, "whole or not there"
 
 
 L = 8
