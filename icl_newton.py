@@ -313,9 +313,9 @@ class Transformer(nn.Module):
 # computes: the root lets them count. And |e|^1.5, since a few unlucky squares drown the rest.
 
 # Second the optimiser. Muon (Keller Jordan, 2024) replaces each matrix's momentum by the
-# nearest orthogonal matrix: all directions are learned at one speed. Five steps find it, X <-
-# a X + b X X^T X + c X (X^T X)^2, a relative of Newton's: they move a singular value s to a s +
-# b s^3 + c s^5. Jordan's a, b, c drive it to about 1 fast.
+# nearest orthogonal matrix: all directions are learned at one speed. To find it takes five
+# steps of X <- a X + b X X^T X + c X (X^T X)^2, a relative of Newton's, which move a singular
+# value s to a s + b s^3 + c s^5. Jordan's a, b, c drive it to about 1 fast.
 
 # Third a curriculum (Garg et al., 2022): 2 dimensions and 6 examples at first, then more, up
 # to d and n. Training at d = 20 does not start without it.
@@ -358,10 +358,11 @@ def training_step(model, optimizers, config, step, generator):
     n = config.n if d == config.d else min(2 * d + 2, config.n)
     xs, ys = sample_prompts(config.batch, n, d, config.kappa, config.noise, generator)
     error = model(F.pad(xs, (0, config.d - d)), ys) - ys  # inactive dimensions are 0
-    loss, factor = error.square().mean(), 1  # fu: the paper's loss, full steps
-    if config.recipe == "muon":
+    if config.recipe == "fu":
+        loss, factor = error.square().mean(), 1
+    else:
         loss = error.abs().clamp_min(TINY).pow(1.5).mean(0).sqrt().mean()
-        factor = min((step + 1) / 100, 1) * (1 - step / config.steps)
+        factor = min((step + 1) / 100, 1) * (1 - step / config.steps)  # of the step sizes
     loss.backward()
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
@@ -471,12 +472,20 @@ def equal_error_steps(errors, counts, run_errors):
 # steps = a + b l. R^2, the share of variance that a fit explains, says which is straighter. CG's
 # steps 1 to 8 pass both tests: a shape alone is no evidence.
 
-def line_fit(steps, first=3):
+FIRST_LAYER = 3
+
+
+def line_fit(steps, first=FIRST_LAYER):
     """Slope and R^2 (0 if all are equal) of the line through steps (L,), layers `first` to L."""
     y = np.asarray(steps, dtype=float)[first - 1 :]
     x = np.arange(len(y)) - (len(y) - 1) / 2  # centred
     slope = x @ y / max(x @ x, TINY)
     return slope, slope**2 * x.var() / max(y.var(), 1e-12)
+
+
+def doublings(steps):
+    """log2 of numbers of steps; less than one step counts as one."""
+    return np.log2(np.maximum(steps, 1))
 
 
 # %% 8. The paper's figures
@@ -527,8 +536,8 @@ def rates(config, sheet):
     return axes, title + "; by size of error after n {equal_rate[0]:.1f}, {equal_rate[1]:.1f}", {
         "newton_rate": (line_fit(to_newton)[0], line_fit(cg, 1)[0]),
         "equal_rate": (line_fit(equal)[0], line_fit(cg_equal, 1)[0]),
-        "newton_line": (line_fit(to_newton)[1], line_fit(np.log2(to_newton.clip(1)))[1]),
-        "gd_exponential": (line_fit(np.log2(to_gd.clip(1)))[1], line_fit(to_gd)[1]),
+        "newton_line": (line_fit(to_newton)[1], line_fit(doublings(to_newton))[1]),
+        "gd_exponential": (line_fit(doublings(to_gd))[1], line_fit(to_gd)[1]),
         "newton_steps": to_newton, "gd_steps": to_gd}
 
 
@@ -539,7 +548,7 @@ def convergence(config, sheet):
     learning_curves(config, config.d + 2, axes[1])
     curves = learning_curves(config, config.n, axes[0])
     errors = curves["Transformer"]
-    digits = -errors[2:].log10().diff()  # gained by layers 3..L
+    digits = -errors[FIRST_LAYER - 1 :].log10().diff()  # gained by layers 3..L
     early, late = digits[: len(digits) // 2], digits[-(len(digits) // 2) :]
     gained = late.mean(), max(early.mean(), 0.1)  # a tenth of a digit at least
     worth = [equal_error_steps(errors[-1], STEPS[k], curves[k]) for k in ("Newton", "CG", "GD")]
@@ -944,7 +953,8 @@ SMALL = dict(d=5, n=10, batch=64, curriculum=0)
 PRESETS = {  # name: (the first line that a run prints, settings)
     "default": ("the paper's problem, d = 20 and n = 40, in a smaller network", {}),
     "quick": ("a first look at d = 5; its numbers are not to be trusted", SMALL | dict(
-        width=32, layers=6, steps=1500, figures="by_hand,rates,products", out="figures/quick")),
+        width=32, layers=6, steps=1500, prompts=256, figures="by_hand,rates,products",
+        out="figures/quick")),
     "small": ("d = 5, n = 10, where conjugate gradient, too, looks like Newton", SMALL | dict(
         width=40, steps=5000, prompts=2048, out="figures/small")),
     "long": ("d = 20, n = 40, trained longer", dict(steps=8000, tuning=2000, out="figures/long")),

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import icl_newton
 
 SEED = int(os.environ.get("ICL_SEED", torch.seed() % 10**6))
+torch.set_num_threads(1)  # small tensors: a second thread would only wait
 
 EXERCISES = {  # number: function, points
     1: ("sample_prompts", 10), 2: ("gradient_descent", 10), 3: ("newton_start", 5), 4: ("newton", 15),
@@ -47,7 +48,6 @@ def icl(tmp_path, monkeypatch):
     """The program. Every test starts from the run's seed, in an empty folder."""
     print(f"ICL_SEED={SEED}")
     torch.manual_seed(SEED)
-    torch.set_num_threads(1)  # small tensors: a second thread would only wait
     monkeypatch.chdir(tmp_path)
     yield icl_newton
     mock.patch.stopall()
@@ -626,6 +626,7 @@ def test_rulers_by_hand():
     near([*lib.line_fit(y), *lib.line_fit(y[2:], 1)], [2, 1, 2, 1], "from layer 3 on")
     near(lib.line_fit(z)[1], np.corrcoef(np.arange(7), z[2:])[0, 1] ** 2, "R^2")
     assert lib.line_fit(np.ones(9))[1] == 0 == lib.line_fit([3], 1)[1], "a constant is no line"
+    near(lib.doublings([0, 0.5, 1, 8]), [0, 0, 0, 3], "at least one step")
 
 
 def test_layers_are_read_by_fitted_lines():
@@ -705,7 +706,7 @@ def test_input_and_exit_statuses(capsys):
         assert bad.split()[0] in err or "a_file" in err, f"{err} does not name --{bad}"
     assert Path("a_file").read_text() == "mine"
     c = lib.parse("--preset quick --d 2 --n 4 --layers 4 --width 2 --curriculum 0 --seed 0".split())[1]
-    assert (c.d, c.steps, c.out, lib.parse([])[1]) == (2, 1500, "figures/quick", lib.Config())
+    assert (c.d, c.prompts, c.out, lib.parse([])[1]) == (2, 256, "figures/quick", lib.Config())
     for error in (FloatingPointError, ValueError, OSError, KeyboardInterrupt, MemoryError):
         plant("run", error("x"))
         assert lib.main(["--figures", "rates"]) == (130 if error is KeyboardInterrupt else 1)
