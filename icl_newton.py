@@ -45,6 +45,7 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,7 +81,7 @@ class Config:
     curriculum: int = setting(12, "steps per added dimension; 0: all at once", 0, 10**6)
     seed: int = setting(1, "of weights and prompts", 0, 10**9)
     # Those above decide the weights of a network, these do not (tuning becomes its steps).
-    tuning: int = setting(500, "further steps at kappa, if it is above 1", 0, 10**7)
+    tuning: int = setting(750, "further steps at kappa, if it is above 1", 0, 10**7)
     seeds: int = setting(1, "how many networks, from `seed` on", 1, 100)
     prompts: int = setting(640, "prompts to compare on; readouts: 4 times as many", 2, 65_536)
     figures: str = setting("all", "which figures, separated by commas")
@@ -129,8 +130,7 @@ def fresh_prompts(config, count, purpose):
 #     gradient descent  w <- w - eta (S w - b)     O(kappa(S) log 1/eps) steps
 #     Iterative Newton  M <- 2M - M S M, w = M b   O(log kappa(S) + log log 1/eps) steps
 #     conjugate gradient: the least error on the examples that a method can reach which multiplies
-#         by S once a step; the least of all after d steps. It is our *control*: whatever CG does,
-#         too, is no evidence for Newton.
+#         by S once a step. Our *control*: whatever CG does, too, is no evidence for Newton.
 
 # Newton looks for the inverse of S. Let R_k = I - S M_k be what is missing from it. Then
 #     R_{k+1} = I - S (2 M_k - M_k S M_k) = (I - S M_k)^2 = R_k^2,
@@ -141,10 +141,9 @@ def fresh_prompts(config, count, purpose):
 
 # As (1 - x)^N is about e^(-N x), a direction is found once 2^k alpha lambda^2, or m eta lambda,
 # passes 1. With alpha = 1/lambda_max^2 and eta = 1/lambda_max, Newton has found the directions
-# lambda > lambda_max 2^(-k/2), GD those lambda > lambda_max/m. So at first a step of Newton
-# lowers the smallest lambda in *reach* by sqrt(2), and k steps are worth about 2^(k/2) of GD.
-# Once all directions are found, digits double, and so must the steps of GD. The figures mostly
-# measure the first phase.
+# lambda > lambda_max 2^(-k/2), GD those lambda > lambda_max/m. So at first a Newton step lowers
+# the least lambda in *reach* by sqrt(2); k steps are worth about 2^(k/2) of GD. Once all are
+# found, digits double, and so must the steps of GD. The figures mostly measure the first phase.
 
 # Newton converges for alpha < 2/lambda_max(S)^2. Fu print the edge, 2/||S S^T||_2: one
 # eigenvalue of R is -1 there, and its square never shrinks. And the order of factors matters:
@@ -311,11 +310,13 @@ class Transformer(nn.Module):
 #     mean over t of  sqrt( mean over prompts of |e_t|^1.5 ).
 # No method can avoid early errors, a thousand times larger; late ones show how well a network
 # computes: the root lets them count. And |e|^1.5, since a few unlucky squares drown the rest.
+# Four parts of a batch have a thread and a loss each; their gradients are averaged.
 
 # Second the optimiser. Muon (Keller Jordan, 2024) replaces each matrix's momentum by the
-# nearest orthogonal matrix: all directions are learned at one speed. To find it takes five
-# steps of X <- a X + b X X^T X + c X (X^T X)^2, a relative of Newton's, which move a singular
-# value s to a s + b s^3 + c s^5. Jordan's a, b, c drive it to about 1 fast.
+# nearest orthogonal matrix: all directions are learned at one speed. Five steps find it, X <-
+# a X + b X X^T X + c X (X^T X)^2, a relative of Newton's: they move a singular value s to a s +
+# b s^3 + c s^5. Jordan's a, b, c drive it to about 1 fast. Its steps are level for half of the
+# training, then fall to 0.
 
 # Third a curriculum (Garg et al., 2022): 2 dimensions and 6 examples at first, then more, up
 # to d and n. Training at d = 20 does not start without it.
@@ -352,23 +353,32 @@ def make_optimizers(model, config):
             Muon([model.attention, model.mlp], dict(lr=config.muon_lr, momentum=0.9))]
 
 
-def training_step(model, optimizers, config, step, generator):
-    """One step on fresh prompts. Returns their errors (batch, n+1), on the device."""
+def gradients(model, recipe, xs, ys):
+    """The errors (P, n+1) on some prompts, and their loss's gradient for each parameter."""
+    error = model(xs, ys) - ys
+    power, root = (2, 1) if recipe == "fu" else (1.5, 0.5)
+    loss = error.abs().clamp_min(TINY).pow(power).mean(0).pow(root).mean()
+    return error.detach(), torch.autograd.grad(loss, list(model.parameters()))
+
+
+def training_step(model, optimizers, config, step, generator, each=map):
+    """One step on fresh prompts. Returns their errors (batch, n+1), on the device.
+
+    each: a map; that of threads works on the four parts of a batch side by side."""
     d = min(2 + step // config.curriculum, config.d) if config.curriculum else config.d
     n = config.n if d == config.d else min(2 * d + 2, config.n)
     xs, ys = sample_prompts(config.batch, n, d, config.kappa, config.noise, generator)
-    error = model(F.pad(xs, (0, config.d - d)), ys) - ys  # inactive dimensions are 0
-    if config.recipe == "fu":
-        loss, factor = error.square().mean(), 1
-    else:
-        loss = error.abs().clamp_min(TINY).pow(1.5).mean(0).sqrt().mean()
-        factor = min((step + 1) / 100, 1) * (1 - step / config.steps)  # of the step sizes
-    loss.backward()
+    # Inactive dimensions are 0. A GPU takes the batch whole.
+    parts = [z.chunk(1 if xs.is_cuda else 4) for z in (F.pad(xs, (0, config.d - d)), ys)]
+    errors, grads = zip(*each(functools.partial(gradients, model, config.recipe), *parts))
+    for p, *of_parts in zip(model.parameters(), *grads):
+        p.grad = sum(len(e) * grad for e, grad in zip(errors, of_parts)) / len(ys)
+    rise, fall = (step + 1) / 100, 2 * (1 - step / config.steps)
+    factor = 1 if config.recipe == "fu" else min(rise, 1, fall)
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
         optimizer.step()
-    model.zero_grad()
-    return error.detach()
+    return torch.cat(errors)
 
 
 def train(config):
@@ -387,17 +397,21 @@ def train(config):
         return model.requires_grad_(False)
     generator = torch.Generator(device).manual_seed(config.seed)
     optimizers = make_optimizers(model, config)
-    checkpoint = Checkpoint(config, model, optimizers, generator)  # section 16
-    first, start = checkpoint.restore(), time.perf_counter()
-    for done in range(first + 1, config.steps + 1):
-        error = training_step(model, optimizers, config, done - 1, generator)
-        if done % 250 == 0 or done == config.steps:
-            if not error.isfinite().all():
-                raise FloatingPointError(f"errors are not finite at step {done}")
-            left = (time.perf_counter() - start) / (done - first) * (config.steps - done)
-            last, n = error[:, -1].square().mean() / config.d, error.shape[1] - 1
-            print(f"  step {done}: error / d {last:.4f}, t = {n}; {left:.0f} s left", flush=True)
-            checkpoint.save(done)
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)  # Torch's own threads wait for each other; these need not
+    with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        checkpoint = Checkpoint(config, model, optimizers, generator)  # section 16
+        first, start = checkpoint.restore(), time.perf_counter()
+        for done in range(first + 1, config.steps + 1):
+            error = training_step(model, optimizers, config, done - 1, generator, threads.map)
+            if done % 250 == 0 or done == config.steps:
+                if not error.isfinite().all():
+                    raise FloatingPointError(f"errors are not finite at step {done}")
+                left = (time.perf_counter() - start) / (done - first) * (config.steps - done)
+                last = error[:, -1].square().mean() / config.d  # after all examples
+                print(f"  step {done}: error / d {last:.4f}; {left:.0f} s left", flush=True)
+                checkpoint.save(done)
+    torch.set_num_threads(cores)
     return model.requires_grad_(False)
 
 
@@ -502,9 +516,8 @@ def learning_curves(config, t, ax=None):
     """Squared errors after t examples, {learner: (steps,)}; ax is a panel to draw them in."""
     s = study(config)
     curves = {k: (run[..., t] - s.ys[:, t]).square().mean(1) for k, run in s.runs.items()}
-    for name, errors in curves.items():
-        if ax:
-            curve(ax, name, errors / config.d, STEPS.get(name, range(len(errors))))
+    for name, errors in curves.items() if ax else ():
+        curve(ax, name, errors / config.d, STEPS.get(name, range(len(errors))))
     return curves
 
 
@@ -550,11 +563,11 @@ def convergence(config, sheet):
     errors = curves["Transformer"]
     digits = -errors[FIRST_LAYER - 1 :].log10().diff()  # gained by layers 3..L
     early, late = digits[: len(digits) // 2], digits[-(len(digits) // 2) :]
-    gained = late.mean(), max(early.mean(), 0.1)  # a tenth of a digit at least
     worth = [equal_error_steps(errors[-1], STEPS[k], curves[k]) for k in ("Newton", "CG", "GD")]
     title = "After n examples the last layer errs as Newton after {worth[0]:.0f} steps"
     return axes, title + ", CG after {worth[1]:.0f}, GD after {worth[2]:.0f}", {
-        "error": errors[-1] / config.d, "superlinear": gained, "worth": worth}
+        "error": errors[-1] / config.d, "worth": worth,
+        "superlinear": (late.mean(), max(early.mean(), 0.1))}
 
 
 # What is similarity made of? Most of an error no method can avoid: t < d examples do not
@@ -604,8 +617,6 @@ def heatmaps(config, sheet):
 # Not covered is CG, which finds its sizes on the prompt: it is drawn beside. Newton's D* is but
 # 2^(k/4) at first: k steps reach lambda_max 2^(-k/2), the best D fixed ones lambda_max/D^2.
 
-MOST_STEPS = 128
-
 
 def polynomial_features(xs, ys, t):
     """x_q^T T_j(2 S/lambda_max - I) b/lambda_max after t examples, j < 128: (prompts, 128).
@@ -616,7 +627,7 @@ def polynomial_features(xs, ys, t):
     largest = eigenvalues[:, -1:]
     # x_q^T T_j(S) b sums, over eigenvectors u, T_j(lambda) (u.x_q) (u.b).
     overlaps = times(U.mT, x_q) * times(U.mT, times(X.mT, y)) / largest
-    T = np.polynomial.chebyshev.chebvander(2 * eigenvalues / largest - 1, MOST_STEPS - 1)
+    T = np.polynomial.chebyshev.chebvander(2 * eigenvalues / largest - 1, 127)
     return torch.einsum("pd,pdj->pj", overlaps, torch.from_numpy(T))
 
 
@@ -739,9 +750,8 @@ def by_hand(config, sheet):
     for name, answers, style in (("Newton", ours, "-"), ("Transformer by hand", hand, " ")):
         errors = (answers - ys[:, -1]).square().mean(1) / config.d
         curve(axes[0], name, errors, STEPS["Newton"], style)
-    apart = (hand - ours).abs().max() / ys.square().mean().sqrt()
     title = "Attention with hand-written weights is Newton's method, to {by_hand[0]:.0e}"
-    return axes, title, {"by_hand": (apart, 1e-6)}
+    return axes, title, {"by_hand": ((hand - ours).abs().max() / ys.square().mean().sqrt(), 1e-6)}
 
 
 # %% 12. Linear attention is preconditioned gradient descent (Ahn et al., arXiv 2306.00297)
@@ -851,8 +861,8 @@ def table(found):
             holds[key] = sum(a > b if relation == ">" else a < b for a, b in found[key])
             texts = [[f"{z:.3g}" for z in row] for row in zip(*found[key])]
             left, right = (" ".join(z if len(set(z)) > 1 else z[:1]) for z in texts)
-            score = f"{left} {relation} {right} | {holds[key]} of {len(found[key])}"
-            lines.append(f"| {sentence} | {score} |")
+            score = f"{holds[key]} of {len(found[key])}"
+            lines.append(f"| {sentence} | {left} {relation} {right} | {score} |")
     return lines, holds
 
 
@@ -916,7 +926,7 @@ class Checkpoint:
             training_step(other, its_optimizers, config, step, twin)
         sums = [z.detach().double().sum().item() for m in (model, other) for z in m.parameters()]
         settings = {k: v for k, v in vars(config).items() if k not in NOT_OF_WEIGHTS}
-        all_of_it = settings, sums, torch.__version__, torch.get_num_threads(), generator.device
+        all_of_it = settings, sums, torch.__version__, generator.device
         key = hashlib.sha256(repr(all_of_it).encode()).hexdigest()[:10]
         self.path = Path(config.checkpoints) / f"d{config.d}-seed{config.seed}-{key}.pt"
 
@@ -1029,7 +1039,7 @@ def run(config):
 
 def main(arguments=None):
     """Run the command line. Exit status 0, 1 (a run failed), 2 (bad input) or 130 (Ctrl-C)."""
-    line, config = parse(sys.argv[1:] if arguments is None else arguments)
+    line, config = parse(arguments)
     print(f"icl_newton: {line}")
     try:
         run(config)
