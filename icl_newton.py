@@ -96,6 +96,17 @@ class Config:
 NOT_OF_WEIGHTS = "tuning", "seeds", "prompts", "figures", "device", "out", "checkpoints"
 
 
+# Torch splits small tensors among its threads badly. So it gets one, and our threads get parts of
+# a batch. Numbers are then the same on any number of cores.
+THREADS = ThreadPoolExecutor(torch.get_num_threads(), "part", torch.set_num_threads, (1,))
+torch.set_num_threads(1)
+
+
+def side_by_side(function, *tensors):
+    """function(*tensors), by parts of 32 prompts: these are axis 0, and axis 1 of what returns."""
+    return torch.cat([*THREADS.map(function, *(z.split(32) for z in tensors))], dim=1)
+
+
 # %% 2. Prompts (Fu, section 3)
 # w* ~ N(0, I_d), x_i ~ N(0, Sigma), y_i = w*.x_i + noise. A new w* for every prompt: nothing
 # can be memorised, so whatever predicts y_{t+1} must be an algorithm that runs on the prompt.
@@ -129,15 +140,14 @@ def fresh_prompts(config, count, purpose):
 #     least squares     w = pinv(S) b              the answer; of minimum norm while t < d
 #     gradient descent  w <- w - eta (S w - b)     O(kappa(S) log 1/eps) steps
 #     Iterative Newton  M <- 2M - M S M, w = M b   O(log kappa(S) + log log 1/eps) steps
-#     conjugate gradient: the least error on the examples that a method can reach which multiplies
-#         by S once a step. Our *control*: whatever CG does, too, is no evidence for Newton.
+#     conjugate gradient: of all methods with one product by S a step, the least error on the
+#         examples. Our *control*: whatever CG does, too, is no evidence for Newton.
 
 # Newton looks for the inverse of S. Let R_k = I - S M_k be what is missing from it. Then
 #     R_{k+1} = I - S (2 M_k - M_k S M_k) = (I - S M_k)^2 = R_k^2,
 # so 10^-3 becomes 10^-6, then 10^-12: digits double. Without noise b = S w*, and M_k and S
-# commute, so w* - w_k = w* - M_k S w* = R_k w*. Along an eigenvector of eigenvalue lambda, k
-# steps of Newton, M_0 = alpha S, leave a share (1 - alpha lambda^2)^(2^k) of the error, m steps
-# of GD (1 - eta lambda)^m.
+# commute, so w* - w_k = w* - M_k S w* = R_k w*. Of it, along an eigenvector of eigenvalue lambda,
+# k steps of Newton from alpha S leave (1 - alpha lambda^2)^(2^k), m of GD (1 - eta lambda)^m.
 
 # As (1 - x)^N is about e^(-N x), a direction is found once 2^k alpha lambda^2, or m eta lambda,
 # passes 1. With alpha = 1/lambda_max^2 and eta = 1/lambda_max, Newton has found the directions
@@ -146,9 +156,8 @@ def fresh_prompts(config, count, purpose):
 # found, digits double, and so must the steps of GD. The figures mostly measure the first phase.
 
 # Newton converges for alpha < 2/lambda_max(S)^2. Fu print the edge, 2/||S S^T||_2: one
-# eigenvalue of R is -1 there, and its square never shrinks. And the order of factors matters:
-# M S M forgets rounding errors within the span of the examples; S M M or M M S lets them grow
-# up to kappa(S)-fold in every step.
+# eigenvalue of R is -1 there, and its square never shrinks. And order matters: M S M forgets
+# rounding errors within the examples' span; S M M lets them grow up to kappa(S)-fold a step.
 
 # A method takes S (..., d, d), b (..., d) and returns the w of all steps: (steps+1, ..., d).
 
@@ -194,7 +203,8 @@ def gradient_descent_after(S, b, counts):
     eigenvalues, U = torch.linalg.eigh(S)
     eta_lambda = eigenvalues / eigenvalues[..., -1:].clamp_min(TINY)
     found = torch.stack([(1 - (1 - eta_lambda) ** m) / eigenvalues for m in counts])
-    return times(U, torch.where(eta_lambda > 1e-12, found, 0.0) * times(U.mT, b))
+    coordinates = torch.where(eta_lambda > 1e-12, found, 0.0) * times(U.mT, b)
+    return torch.einsum("...ij,s...j->s...i", U, coordinates)
 
 
 def newton_start(S):
@@ -310,13 +320,12 @@ class Transformer(nn.Module):
 #     mean over t of  sqrt( mean over prompts of |e_t|^1.5 ).
 # No method can avoid early errors, a thousand times larger; late ones show how well a network
 # computes: the root lets them count. And |e|^1.5, since a few unlucky squares drown the rest.
-# Four parts of a batch have a thread and a loss each; their gradients are averaged.
+# (Each quarter of a batch has a loss and a thread of its own; gradients are averaged.)
 
 # Second the optimiser. Muon (Keller Jordan, 2024) replaces each matrix's momentum by the
 # nearest orthogonal matrix: all directions are learned at one speed. Five steps find it, X <-
 # a X + b X X^T X + c X (X^T X)^2, a relative of Newton's: they move a singular value s to a s +
-# b s^3 + c s^5. Jordan's a, b, c drive it to about 1 fast. Its steps are level for half of the
-# training, then fall to 0.
+# b s^3 + c s^5. Jordan's a, b, c drive it to about 1 fast. Step sizes fall in the second half.
 
 # Third a curriculum (Garg et al., 2022): 2 dimensions and 6 examples at first, then more, up
 # to d and n. Training at d = 20 does not start without it.
@@ -361,16 +370,14 @@ def gradients(model, recipe, xs, ys):
     return error.detach(), torch.autograd.grad(loss, list(model.parameters()))
 
 
-def training_step(model, optimizers, config, step, generator, each=map):
-    """One step on fresh prompts. Returns their errors (batch, n+1), on the device.
-
-    each: a map; that of threads works on the four parts of a batch side by side."""
+def training_step(model, optimizers, config, step, generator):
+    """One step on fresh prompts. Returns their errors (batch, n+1), on the device."""
     d = min(2 + step // config.curriculum, config.d) if config.curriculum else config.d
     n = config.n if d == config.d else min(2 * d + 2, config.n)
     xs, ys = sample_prompts(config.batch, n, d, config.kappa, config.noise, generator)
     # Inactive dimensions are 0. A GPU takes the batch whole.
     parts = [z.chunk(1 if xs.is_cuda else 4) for z in (F.pad(xs, (0, config.d - d)), ys)]
-    errors, grads = zip(*each(functools.partial(gradients, model, config.recipe), *parts))
+    errors, grads = zip(*THREADS.map(functools.partial(gradients, model, config.recipe), *parts))
     for p, *of_parts in zip(model.parameters(), *grads):
         p.grad = sum(len(e) * grad for e, grad in zip(errors, of_parts)) / len(ys)
     rise, fall = (step + 1) / 100, 2 * (1 - step / config.steps)
@@ -397,27 +404,23 @@ def train(config):
         return model.requires_grad_(False)
     generator = torch.Generator(device).manual_seed(config.seed)
     optimizers = make_optimizers(model, config)
-    cores = torch.get_num_threads()
-    torch.set_num_threads(1)  # Torch's own threads wait for each other; these need not
-    with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        checkpoint = Checkpoint(config, model, optimizers, generator)  # section 16
-        first, start = checkpoint.restore(), time.perf_counter()
-        for done in range(first + 1, config.steps + 1):
-            error = training_step(model, optimizers, config, done - 1, generator, threads.map)
-            if done % 250 == 0 or done == config.steps:
-                if not error.isfinite().all():
-                    raise FloatingPointError(f"errors are not finite at step {done}")
-                left = (time.perf_counter() - start) / (done - first) * (config.steps - done)
-                last = error[:, -1].square().mean() / config.d  # after all examples
-                print(f"  step {done}: error / d {last:.4f}; {left:.0f} s left", flush=True)
-                checkpoint.save(done)
-    torch.set_num_threads(cores)
+    checkpoint = Checkpoint(config, model, optimizers, generator)  # section 16
+    first, start = checkpoint.restore(), time.perf_counter()
+    for done in range(first + 1, config.steps + 1):
+        error = training_step(model, optimizers, config, done - 1, generator)
+        if done % 250 == 0 or done == config.steps:
+            if not error.isfinite().all():
+                raise FloatingPointError(f"errors are not finite at step {done}")
+            left = (time.perf_counter() - start) / (done - first) * (config.steps - done)
+            last, n = error[:, -1].square().mean() / config.d, error.shape[1] - 1
+            print(f"  step {done}: error / d {last:.4f}, t = {n}; {left:.0f} s left", flush=True)
+            checkpoint.save(done)
     return model.requires_grad_(False)
 
 
 # %% 6. What does each layer know? (Fu, section 4.1)
 # Fit, for every layer of the frozen network, the best linear readout of its state, on prompts
-# other than those that judge; on many, so that the fit's own error stays below the layer's.
+# other than those that judge, and so many that the fit's own error is below the layer's.
 
 def least_squares_readout(H, y):
     """The r of least ||H r - y||, float64: H (..., samples, width), y (samples,) -> (..., width).
@@ -432,7 +435,7 @@ def read_layers(model, fitting, prompts):
 
     fitting, prompts: pairs (xs, ys). One readout a layer, for all t, is fitted on the first."""
     pairs = [[z.to(model.read_out.device) for z in pair] for pair in (fitting, prompts)]
-    states = [model.states(*pair).double().cpu() for pair in pairs]
+    states = [side_by_side(model.states, *pair).double().cpu() for pair in pairs]
     H, judged = (F.pad(z, (0, 1), value=1.0) for z in states)  # and a constant 1: W+1
     readouts = least_squares_readout(H.flatten(1, 2), fitting[1].double().flatten())
     return torch.einsum("lptw,lw->lpt", judged, readouts)
@@ -450,7 +453,8 @@ def study(config):
     fitting = fresh_prompts(config, 4 * config.prompts, purpose=1)
     xs, ys = fresh_prompts(config, config.prompts, purpose=2)
     S, b = prefix_moments(xs, ys, ridge=config.noise**2)
-    runs = {"Newton": predict(newton(S, b, STEPS["Newton"][-1]), xs),
+    iterate = functools.partial(newton, steps=STEPS["Newton"][-1])
+    runs = {"Newton": predict(side_by_side(iterate, S, b), xs),
             "GD": predict(gradient_descent_after(S, b, STEPS["GD"]), xs),
             "CG": predict(conjugate_gradient(S, b, STEPS["CG"][-1]), xs),
             "Transformer": read_layers(train(config), fitting, (xs, ys))}
@@ -460,9 +464,9 @@ def study(config):
 # %% 7. Two rulers
 # How many steps of Newton is a layer worth? *Similarity* (Fu, section 4.1) asks which step
 # makes the most similar errors: the cosine between the vectors of errors that two learners
-# make on a prompt, over t = 1..n. (The authors' code counts t = 0, too, where nobody knows
-# anything.) *Equal error* asks after how many steps Newton errs as little as the layer. Any
-# learner can stand in the layer's place, and a known one should: Newton must give 0, 1, 2.
+# make on a prompt, over t = 1..n. (The authors' code counts t = 0, too.) *Equal error* asks
+# after how many steps Newton errs as little as the layer. Any learner can stand in the layer's
+# place, and a known one should: Newton must give 0, 1, 2.
 
 def similarity_of_errors(traj_a, traj_b, ys):
     """Fu's SimE: cosines of prediction - y over t = 1..n, averaged over prompts, in float64.
@@ -576,11 +580,11 @@ def convergence(config, sheet):
 # direction: a score at its null says how small they are.
 
 def heatmaps(config, sheet):
-    """Fu, figures 3, 8, 10: similarity of errors; what a null and t > d alone score."""
-    s, d = study(config), config.d
+    """Fu, figures 3, 8, 10: similarity of errors, and what a shuffled null scores."""
+    s = study(config)
     axes = sheet("to which step of Newton?", "to which step of GD?", "at the best step",
                  xlabel="layer", ylabel="step")
-    layers, newton_run = s.runs["Transformer"][1:], s.runs["Newton"]
+    layers = s.runs["Transformer"][1:]
     alike = {k: similarity_of_errors(layers, s.runs[k], s.ys) for k in ("Newton", "GD")}
     for ax, (name, similarity) in zip(axes, alike.items()):  # (L, steps)
         curve(axes[2], name, 1 - similarity.amax(1))
@@ -590,12 +594,10 @@ def heatmaps(config, sheet):
             ax.figure.colorbar(mesh, ax=ax, label="similarity of errors")
             ax.plot(x, similarity.argmax(1), "ow", markeredgecolor="black", label="best step")
             ax.set_yticks(range(0, len(steps), 4), steps[::4])
-    best = newton_run[alike["Newton"].argmax(1)]  # (L, P, n+1)
+    best = s.runs["Newton"][alike["Newton"].argmax(1)]  # (L, P, n+1)
     shuffled = best + (layers - best).roll(1, dims=1)  # deviations of the previous prompt
     null = similarity_of_errors(shuffled, best, s.ys).diagonal()
-    late = similarity_of_errors(layers[..., d:], newton_run[..., d:], s.ys[:, d:])  # drops t = d
     curve(axes[2], "shuffled null", 1 - null)
-    curve(axes[2], "Newton, t > d alone", 1 - late.amax(1), style=":")
     axes[2].set(ylabel="1 - similarity", yscale="log", ylim=(1e-3, 1))
     last = [z[-1].max() for z in alike.values()] + [null[-1]]
     title = "The last layer's similarity to Newton is {last[0]:.3f}, to GD {last[1]:.3f}"
@@ -678,19 +680,18 @@ def conditioning(config, sheet):
 
 
 # %% What Part I found (README has the table)
-# By similarity a layer climbs two of Newton's steps, three after `--steps 4500`, as the paper's
-# do; GD's steps double. CG starts faster and flattens; by size of error after n examples it is
-# ahead until the last layer draws level; after d, layers pass it, and the last errs less than
-# any method of 8 first-order steps with fixed sizes; after n it is hardly better.
-# Similarity says little: deviations from other prompts score nearly the same, and GD no less. So
-# a layer is as *fast* as one to three steps of Newton, which does not show that it *is* Newton.
+# By similarity a layer climbs two or three of Newton's steps, as the paper's do; GD's steps
+# double. CG starts faster and flattens; by size of error after n examples it is ahead until the
+# last layer draws level; after d, layers pass it, and the last errs less than any method of 8
+# first-order steps with fixed sizes. Similarity says little: deviations from other prompts score
+# nearly the same. So a layer is as *fast* as one to three steps of Newton, which does not show
+# that it *is* Newton.
 
 
 # %% Part II, theory that runs. 11. Newton's weights, written by hand (Fu, theorem 5.1)
 # Newton is possible in attention because attention makes sums over examples. Let an example be
 # one token [T x_j ; x_j ; y_j], where T is to become M. Attention has ReLU in place of softmax,
-# and two heads of opposite sign: ReLU(s) - ReLU(-s) = s. (The printed proof gives both values
-# one sign, which makes |s|, and scores <T x_j, x_t>, which make T S T^T.) With j over examples:
+# and two heads of opposite sign: ReLU(s) - ReLU(-s) = s. (The printed proof errs: see README.)
 #     first layer    T = alpha S      adds alpha sum_j x_j <x_j, x_t> to the top block
 #     Newton layer   T <- 2T - T S T  adds -1/2 T S T x_t to it, and the MLP doubles it
 #     readout layer  x_q^T T b        adds sum_j y_j <T x_j, x_q> to the query's empty y
@@ -755,8 +756,7 @@ def by_hand(config, sheet):
 
 
 # %% 12. Linear attention is preconditioned gradient descent (Ahn et al., arXiv 2306.00297)
-# Without softmax, what a trained layer does can be read off its weights. For a query x_q a
-# layer that compares x's and writes into the row of y's answers, from n examples,
+# A layer without softmax, which compares x's and writes y's, answers a query x_q by
 #     yhat = (1/n) sum_i y_i x_i^T A x_q = b^T A x_q / n.
 # Now b/n is minus the gradient at w = 0 of R(w) = (1/2n) sum_i (w.x_i - y_i)^2. So the layer
 # is one step of gradient descent on R, preconditioned by A, and more layers are more steps
@@ -885,7 +885,7 @@ def make_sheet(*titles, **settings):
 
 def curve(ax, label, y, x=None, style="-"):
     """A line in the look of its label's first word; x defaults to 1, 2, ..."""
-    color, mark = LOOK[label.split()[0].rstrip(",")]
+    color, mark = LOOK[label.split()[0]]
     x = range(1, len(y) + 1) if x is None else x
     ax.plot(x, y, mark + style, color=color, label=label)
 
@@ -973,7 +973,7 @@ PRESETS = {  # name: (the first line that a run prints, settings)
 
 
 def check(config):
-    """Raise ValueError, in one line, for a configuration that cannot work."""
+    """ValueError, in one line, for a configuration that cannot work."""
     for field in dataclasses.fields(config):
         value, allowed = getattr(config, field.name), field.metadata["allowed"]
         word = isinstance(value, str)
