@@ -80,7 +80,7 @@ class Config:
     muon_lr: float = setting(0.018, "Muon's step size, for the layers' matrices", 1e-9, 1)
     curriculum: int = setting(12, "steps per added dimension; 0: all at once", 0, 10**6)
     seed: int = setting(1, "of weights and prompts", 0, 10**9)
-    # Those above decide the weights of a network, these do not (tuning becomes its steps).
+    # Those above decide a network's weights, these do not (tuning becomes its steps).
     tuning: int = setting(750, "further steps at kappa, if it is above 1", 0, 10**7)
     seeds: int = setting(1, "how many networks, from `seed` on", 1, 100)
     prompts: int = setting(640, "prompts to compare on; readouts: 4 times as many", 2, 65_536)
@@ -96,8 +96,8 @@ class Config:
 NOT_OF_WEIGHTS = "tuning", "seeds", "prompts", "figures", "device", "out", "checkpoints"
 
 
-# Torch splits small tensors among its threads badly. So it gets one, and our threads get parts of
-# a batch. Numbers are then the same on any number of cores.
+# Torch splits small tensors among its threads badly. So it gets one, and ours take a part of a
+# batch each. Numbers are then the same on any number of cores.
 THREADS = ThreadPoolExecutor(torch.get_num_threads(), "part", torch.set_num_threads, (1,))
 torch.set_num_threads(1)
 
@@ -109,7 +109,7 @@ def side_by_side(function, *tensors):
 
 # %% 2. Prompts (Fu, section 3)
 # w* ~ N(0, I_d), x_i ~ N(0, Sigma), y_i = w*.x_i + noise. A new w* for every prompt: nothing
-# can be memorised, so whatever predicts y_{t+1} must be an algorithm that runs on the prompt.
+# can be memorised, so whatever predicts y_{t+1} must be an algorithm, run on the prompt.
 
 def sample_prompts(prompts, n, d, kappa=1.0, noise=0.0, generator=None):
     """Prompts xs (prompts, n+1, d), ys (prompts, n+1), float32, on the generator's device.
@@ -251,7 +251,7 @@ def conjugate_gradient(S, b, steps):
 
 # Its first task is a copy: y_i must meet its x_i, one token to the left. Learned position by
 # position, that copy is where training got stuck. Sinusoids make it one task: a step to the
-# left rotates the code alike everywhere. So positions *start* as sinusoids.
+# left rotates them alike everywhere. So positions *start* as sinusoids.
 
 def interleave(xs, ys):
     """(prompts, n+1, d), (prompts, n+1) -> tokens x_1, y_1, x_2, ...: (prompts, 2n+1, d).
@@ -300,7 +300,7 @@ class Transformer(nn.Module):
         Q, K, V, O = weights
         q, k, v = ((h @ Z.mT).unflatten(-1, (self.heads, -1)) for Z in (Q, K, V))
         heads = (z.transpose(1, 2) for z in (normalize(q), normalize(k), v))
-        # softmax(q k^T / sqrt(W/heads)) v, where token i sees tokens 0..i alone
+        # softmax(q k^T / sqrt(W/heads)) v, where token i sees tokens 0..i
         mixed = F.scaled_dot_product_attention(*heads, is_causal=True)  # (P, heads, T, W/heads)
         return mixed.transpose(1, 2).flatten(2) @ O.mT  # heads side by side again: (P, T, W)
 
@@ -462,8 +462,8 @@ def study(config):
 
 
 # %% 7. Two rulers
-# How many steps of Newton is a layer worth? *Similarity* (Fu, section 4.1) asks which step
-# makes the most similar errors: the cosine between the vectors of errors that two learners
+# How many steps of Newton is a layer worth? *Similarity* asks which step
+# has the most similar errors: the cosine between the vectors of errors that two learners
 # make on a prompt, over t = 1..n. (The authors' code counts t = 0, too.) *Equal error* asks
 # after how many steps Newton errs as little as the layer. Any learner can stand in the layer's
 # place, and a known one should: Newton must give 0, 1, 2.
@@ -641,7 +641,7 @@ def polynomial_errors(config, t):
     Q, R = torch.linalg.qr(fit)
     basis = torch.linalg.solve_triangular(R, test, upper=True, left=False)  # (prompts, 128)
     terms = basis * (Q.mT @ fitting[1][:, t].double())
-    answers = F.pad(terms.cumsum(1), (1, 0))  # no step, no answer
+    answers = F.pad(terms.cumsum(1), (1, 0))
     return (answers - s.ys[:, t, None]).square().mean(0)
 
 
@@ -662,8 +662,7 @@ def products(config, sheet):
 
 
 # %% 10. Ill-conditioned data (Fu, section 4.3)
-# For the same error GD may need kappa times the steps, Newton 2 log2 kappa more. (The paper,
-# at kappa = 100: over 2,000 steps of GD, 21 of Newton.)
+# For the same error GD may need kappa times the steps, Newton 2 log2 kappa more.
 
 def conditioning(config, sheet):
     """Fu, figures 4, 16: errors at kappa 1 and 100; which steps err as the last layers do."""
@@ -679,7 +678,7 @@ def conditioning(config, sheet):
         "kappas": worth, "kappa_gd": (worth[3], 4 * max(worth[1], 1))}
 
 
-# %% What Part I found (README has the table)
+# %% What Part I found
 # By similarity a layer climbs two or three of Newton's steps, as the paper's do; GD's steps
 # double. CG starts faster and flattens; by size of error after n examples it is ahead until the
 # last layer draws level; after d, layers pass it, and the last errs less than any method of 8
@@ -760,9 +759,9 @@ def by_hand(config, sheet):
 #     yhat = (1/n) sum_i y_i x_i^T A x_q = b^T A x_q / n.
 # Now b/n is minus the gradient at w = 0 of R(w) = (1/2n) sum_i (w.x_i - y_i)^2. So the layer
 # is one step of gradient descent on R, preconditioned by A, and more layers are more steps
-# (lemma 1). What is left to learn is A. For one layer and w ~ N(0, I) the loss is quadratic in
-# A: training is a least-squares fit. With endless examples the best A is a Newton step,
-# Sigma^-1; with few it moves less along small eigenvalues (theorem 1).
+# (lemma 1). For one layer and w ~ N(0, I) the loss is quadratic in A: to train is to fit least
+# squares. With endless examples the best A is a Newton step, Sigma^-1; with few it moves less
+# along small eigenvalues (theorem 1).
 
 def optimal_preconditioner(Sigma, n):
     """The A (d, d) of least expected squared error for one layer (Ahn, theorem 1).
@@ -1053,5 +1052,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__" and Path(globals().get("__file__", "")).is_file():
-    # In a notebook or from standard input there is no file: call run(Config()).
+    # In a notebook there is no file: call run(Config()).
     sys.exit(main())
