@@ -462,11 +462,11 @@ def study(config):
 
 
 # %% 7. Two rulers
-# How many steps of Newton is a layer worth? *Similarity* asks which step
-# has the most similar errors: the cosine between the vectors of errors that two learners
-# make on a prompt, over t = 1..n. (The authors' code counts t = 0, too.) *Equal error* asks
-# after how many steps Newton errs as little as the layer. Any learner can stand in the layer's
-# place, and a known one should: Newton must give 0, 1, 2.
+# How many steps of Newton is a layer worth? *Similarity* asks which step has the most similar
+# errors: the cosine between the vectors of errors that two learners make on a prompt, over t =
+# 1..n. (The authors' code counts t = 0, too.) *Equal error* asks after how many steps Newton errs
+# as little as the layer. Any learner can stand in the layer's place, and a known one should:
+# Newton must give 0, 1, 2.
 
 def similarity_of_errors(traj_a, traj_b, ys):
     """Fu's SimE: cosines of prediction - y over t = 1..n, averaged over prompts, in float64.
@@ -860,8 +860,8 @@ def table(found):
             holds[key] = sum(a > b if relation == ">" else a < b for a, b in found[key])
             texts = [[f"{z:.3g}" for z in row] for row in zip(*found[key])]
             left, right = (" ".join(z if len(set(z)) > 1 else z[:1]) for z in texts)
-            score = f"{holds[key]} of {len(found[key])}"
-            lines.append(f"| {sentence} | {left} {relation} {right} | {score} |")
+            score = f"{left} {relation} {right} | {holds[key]} of {len(found[key])}"
+            lines.append(f"| {sentence} | {score} |")
     return lines, holds
 
 

@@ -479,7 +479,7 @@ def test_training_step_by_hand(recipe):
     model.w, x = torch.nn.Parameter(draws(7)), xs[..., 0]
     model.forward = lambda xs, ys: model.w * xs[..., 0]
     calls = plant("sample_prompts", lambda *args: (xs, ys))
-    for step, factor in ((7, 0.08), (150, 1), (299, 2 / 300)):
+    for step, factor in ((7, 0.08), (98, 0.99), (99, 1), (150, 1), (225, 0.5), (299, 2 / 300)):
         w = model.w.detach().clone()
         e = w * x - ys
         root = torch.cat([(z.abs().pow(1.5).mean(0) + 1e-40).sqrt().expand_as(z) for z in e.split(15)])  # four parts
