@@ -24,7 +24,7 @@ n+1): a method's steps, a network's layers. So one ruler measures them all.
     Part III   machinery: claims, drawing, checkpoints, command line
 
 Unlike Fu's: 8 layers, not 12, of width 64, not 256; Muon, not Adam; 1/lambda_max(S) for GD's
-step size, not 0.01; SiLU, not GELU; positions start as sinusoids.
+step size, not 0.01; SiLU, not GELU; positions start as sinusoids; another loss (section 5).
 
 Notation (Fu's). P prompts, L layers, T tokens, W the width of the network.
     d, n          dimension of x; examples in a prompt. The (n+1)-th x is the last query.
@@ -143,7 +143,8 @@ def fresh_prompts(config, count, purpose):
 #     conjugate gradient: of all methods with one product by S a step, the least error on the
 #         examples. Our *control*: whatever CG does, too, is no evidence for Newton.
 
-# Newton looks for the inverse of S. Let R_k = I - S M_k be what is missing from it. Then
+# Newton looks for the inverse of S (if t < d, within the span of the examples: there all of
+# this holds, too). Let R_k = I - S M_k be what is missing from it. Then
 #     R_{k+1} = I - S (2 M_k - M_k S M_k) = (I - S M_k)^2 = R_k^2,
 # so 10^-3 becomes 10^-6, then 10^-12: digits double. Without noise b = S w*, and M_k and S
 # commute, so w* - w_k = w* - M_k S w* = R_k w*. Of it, along an eigenvector of eigenvalue lambda,
@@ -166,11 +167,10 @@ TINY = 1e-30  # keeps zeros out of divisions and logarithms
 
 def prefix_moments(xs, ys, ridge=0.0):
     """S + ridge I (prompts, n+1, d, d) and b (prompts, n+1, d) of the prefixes t = 0..n."""
-    xs, ys = xs.double(), ys.double()
-    S = (xs[..., :, None] * xs[..., None, :]).cumsum(1)  # of t + 1 examples, at entry t
-    b = (ys[..., None] * xs).cumsum(1)
     # Shifted by one: no prediction may see its own answer.
-    S, b = F.pad(S[:, :-1], (0, 0, 0, 0, 1, 0)), F.pad(b[:, :-1], (0, 0, 1, 0))
+    xs, ys = F.pad(xs.double(), (0, 0, 1, -1)), F.pad(ys.double(), (1, -1))
+    S = (xs[..., :, None] * xs[..., None, :]).cumsum(1)  # of t examples, at entry t
+    b = (ys[..., None] * xs).cumsum(1)
     return S + ridge * torch.eye(xs.shape[-1]).to(S), b
 
 
@@ -186,7 +186,7 @@ def predict(weights, xs):
 
 def ols(S, b):
     """Ordinary least squares, pinv(S) b: the answer itself, (..., d)."""
-    return times(torch.linalg.pinv(S, hermitian=True, rtol=1e-12), b)  # below: rounding
+    return times(torch.linalg.pinv(S, hermitian=True, rtol=1e-12), b)  # less is rounding
 
 
 def gradient_descent(S, b, steps):
@@ -320,12 +320,14 @@ class Transformer(nn.Module):
 #     mean over t of  sqrt( mean over prompts of |e_t|^1.5 ).
 # No method can avoid early errors, a thousand times larger; late ones show how well a network
 # computes: the root lets them count. And |e|^1.5, since a few unlucky squares drown the rest.
-# (Each quarter of a batch has a loss and a thread of its own; gradients are averaged.)
+# (On a CPU each quarter of a batch has this loss, and a thread, of its own; the gradients are
+# averaged.)
 
 # Second the optimiser. Muon (Keller Jordan, 2024) replaces each matrix's momentum by the
 # nearest orthogonal matrix: all directions are learned at one speed. Five steps find it, X <-
 # a X + b X X^T X + c X (X^T X)^2, a relative of Newton's: they move a singular value s to a s +
-# b s^3 + c s^5. Jordan's a, b, c drive it to about 1 fast. Step sizes fall in the second half.
+# b s^3 + c s^5. Jordan's a, b, c drive it to about 1 fast. Step sizes rise for 100 steps and
+# fall in the second half.
 
 # Third a curriculum (Garg et al., 2022): 2 dimensions and 6 examples at first, then more, up
 # to d and n. Training at d = 20 does not start without it.
@@ -399,7 +401,7 @@ def train(config):
     if config.kappa > 1:
         model.load_state_dict(train(dataclasses.replace(config, kappa=1.0)).state_dict())
         config = dataclasses.replace(config, curriculum=0, steps=config.tuning,
-                                     muon_lr=config.muon_lr / 2)
+                                     muon_lr=max(config.muon_lr / 2, 1e-9))
     if config.steps == 0:
         return model.requires_grad_(False)
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -520,8 +522,9 @@ def learning_curves(config, t, ax=None):
     """Squared errors after t examples, {learner: (steps,)}; ax is a panel to draw them in."""
     s = study(config)
     curves = {k: (run[..., t] - s.ys[:, t]).square().mean(1) for k, run in s.runs.items()}
-    for name, errors in curves.items() if ax else ():
-        curve(ax, name, errors / config.d, STEPS.get(name, range(len(errors))))
+    if ax:
+        for name, errors in curves.items():
+            curve(ax, name, errors / config.d, STEPS.get(name, range(len(errors))))
     return curves
 
 
@@ -549,8 +552,8 @@ def rates(config, sheet):
             curve(ax, name, steps)
     to_newton, to_gd, equal = climbs["Transformer"]
     cg, _, cg_equal = (steps[: config.d - 1] for steps in climbs["CG"])
-    title = "A layer climbs {newton_rate[0]:.1f} Newton steps, a step of CG {newton_rate[1]:.1f}"
-    return axes, title + "; by size of error after n {equal_rate[0]:.1f}, {equal_rate[1]:.1f}", {
+    title = "A layer climbs {newton_rate[0]:.1f} Newton steps (a step of CG {newton_rate[1]:.1f})"
+    return axes, title + "; by error size after n {equal_rate[0]:.1f} (CG {equal_rate[1]:.1f})", {
         "newton_rate": (line_fit(to_newton)[0], line_fit(cg, 1)[0]),
         "equal_rate": (line_fit(equal)[0], line_fit(cg_equal, 1)[0]),
         "newton_line": (line_fit(to_newton)[1], line_fit(doublings(to_newton))[1]),
@@ -565,8 +568,7 @@ def convergence(config, sheet):
     learning_curves(config, config.d + 2, axes[1])
     curves = learning_curves(config, config.n, axes[0])
     errors = curves["Transformer"]
-    digits = -errors[FIRST_LAYER - 1 :].log10().diff()  # gained by layers 3..L
-    early, late = digits[: len(digits) // 2], digits[-(len(digits) // 2) :]
+    early, late = (-errors[FIRST_LAYER - 1 :].log10().diff()).chunk(2)  # digits of layers 3..L
     worth = [equal_error_steps(errors[-1], STEPS[k], curves[k]) for k in ("Newton", "CG", "GD")]
     title = "After n examples the last layer errs as Newton after {worth[0]:.0f} steps"
     return axes, title + ", CG after {worth[1]:.0f}, GD after {worth[2]:.0f}", {
@@ -662,7 +664,7 @@ def products(config, sheet):
 
 
 # %% 10. Ill-conditioned data (Fu, section 4.3)
-# For the same error GD may need kappa times the steps, Newton 2 log2 kappa more.
+# For the same error GD may need up to kappa times the steps, Newton up to 2 log2 kappa more.
 
 def conditioning(config, sheet):
     """Fu, figures 4, 16: errors at kappa 1 and 100; which steps err as the last layers do."""
@@ -680,11 +682,11 @@ def conditioning(config, sheet):
 
 # %% What Part I found
 # By similarity a layer climbs two or three of Newton's steps, as the paper's do; GD's steps
-# double. CG starts faster and flattens; by size of error after n examples it is ahead until the
-# last layer draws level; after d, layers pass it, and the last errs less than any method of 8
-# first-order steps with fixed sizes. Similarity says little: deviations from other prompts score
-# nearly the same. So a layer is as *fast* as one to three steps of Newton, which does not show
-# that it *is* Newton.
+# more than double. CG starts faster and flattens; by size of error after n examples it is ahead
+# until the last layer draws level; after d examples layers pass it from the sixth on, and the
+# last errs less than any method of 8 first-order steps with fixed sizes. Similarity says little:
+# deviations from other prompts score nearly the same. So a layer is as *fast* as one to three
+# steps of Newton, which does not show that it *is* Newton.
 
 
 # %% Part II, theory that runs. 11. Newton's weights, written by hand (Fu, theorem 5.1)
@@ -767,10 +769,10 @@ def optimal_preconditioner(Sigma, n):
     """The A (d, d) of least expected squared error for one layer (Ahn, theorem 1).
 
     For n examples and a query x ~ N(0, Sigma), w ~ N(0, I). It has Sigma's eigenvectors."""
-    # E S^2 = n (n+1) Sigma^2 + n tr(Sigma) Sigma: for each eigenvalue lambda of Sigma the loss
-    # is least at 1 / ((n+1)/n lambda + tr(Sigma)/n).
-    eigenvalues, U = torch.linalg.eigh(Sigma)
-    return (U / ((n + 1) / n * eigenvalues + eigenvalues.sum() / n)) @ U.mT
+    # As E S^2 = n (n+1) Sigma^2 + n tr(Sigma) Sigma, the loss is least at A = n times the inverse
+    # of (n+1) Sigma + tr(Sigma) I.
+    identity = torch.eye(len(Sigma)).to(Sigma)
+    return n * torch.linalg.inv((n + 1) * Sigma + Sigma.trace() * identity)
 
 
 def preconditioners(config, sheet):
@@ -782,8 +784,7 @@ def preconditioners(config, sheet):
     xs = (draw(200_000, n + 1, d) * spectrum.sqrt()) @ U.mT
     ys = times(xs, draw(200_000, d))
     # The answer b^T A x_q / n is linear in A: A_jk has the feature b_j x_qk / n.
-    b = times(xs[:, :-1].mT, ys[:, :-1]) / n
-    features = (b[:, :, None] * xs[:, -1, None]).flatten(1)  # (prompts, d^2)
+    features = torch.einsum("pij,pi,pk->pjk", xs[:, :-1], ys[:, :-1], xs[:, -1]).flatten(1) / n
     trained = least_squares_readout(features, ys[:, -1]).unflatten(0, (d, d))
     (ax,) = axes = sheet("entries of A", xlabel="in theorem 1", ylabel="as fitted")
     ax.axline((0, 0), slope=1, color="#666666", label="equal")
@@ -1019,13 +1020,12 @@ def run(config):
     out, found, titles, start = Path(config.out), {}, {}, time.perf_counter()
     wanted, seeds = config.figures.split(","), range(config.seed, config.seed + config.seeds)
     for name in [name for name in EXPERIMENTS if name in wanted or "all" in wanted]:
-        sheet, rows = functools.cache(make_sheet), []  # same titles, same panels, for all seeds
+        sheet = functools.cache(make_sheet)  # same titles, same panels, for all seeds
         for one in (dataclasses.replace(config, seed=seed, seeds=1) for seed in seeds):
             axes, title, numbers = EXPERIMENTS[name](one, sheet)
-            rows.append({key: np.asarray(z, dtype=float).tolist() for key, z in numbers.items()})
-        measured = {key: [row[key] for row in rows] for key in rows[0]}
-        titles[name] = title.format(**{key: np.mean(z, axis=0) for key, z in measured.items()})
-        found |= measured
+            for key, z in numbers.items():
+                found.setdefault(key, []).append(np.asarray(z, dtype=float).tolist())
+        titles[name] = title.format(**{key: np.mean(found[key], axis=0) for key in numbers})
         write_file(out / f"{name}.png", draw(axes, titles[name]))
         print(f"{time.perf_counter() - start:5.0f} s  {name}: {titles[name]}", flush=True)
     lines, holds = table(found)
