@@ -516,7 +516,7 @@ def test_training_at_kappa_goes_on_from_kappa_1():
     laws = [(z.kappa, z.curriculum, z.muon_lr) for z in (c.args[2] for c in calls)]  # two of each: rehearsals
     assert laws == [(1, 2, 0.018)] * (2 + 12) + [(9, 0, 0.009)] * (2 + 5) + [(1, 2, 0.018)] * 2, "once, then for `tuning`"
     assert 0 < (hard.attention - easy.attention).abs().max() < 0.2, "goes on from the network of kappa 1"
-    untrained = lib.train(tiny(kappa=9.0, steps=0, tuning=0, checkpoints="none"))
+    untrained = lib.train(tiny(kappa=9.0, muon_lr=1e-9, steps=0, tuning=0, checkpoints="none"))
     torch.manual_seed(1)
     assert untrained.mlp.equal(lib.Transformer(tiny()).mlp) and not os.path.exists("none")
 
