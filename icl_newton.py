@@ -401,7 +401,7 @@ def train(config):
     if config.kappa > 1:
         model.load_state_dict(train(dataclasses.replace(config, kappa=1.0)).state_dict())
         config = dataclasses.replace(config, curriculum=0, steps=config.tuning,
-                                     muon_lr=max(config.muon_lr / 2, 1e-9))
+                                     muon_lr=max(config.muon_lr / 2, 1e-9))  # its bound
     if config.steps == 0:
         return model.requires_grad_(False)
     generator = torch.Generator(device).manual_seed(config.seed)
