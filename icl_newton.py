@@ -77,7 +77,7 @@ class Config:
     recipe: str = setting("muon", "muon; or fu: Adam at 1e-4, squared error", "muon", "fu")
     steps: int = setting(2000, "training steps; 0, and tuning 0: untrained", 0, 10**7)
     batch: int = setting(96, "fresh prompts per step", 1, 65_536)
-    muon_lr: float = setting(0.018, "Muon's step size, for the layers' matrices", 1e-9, 1)
+    muon_lr: float = setting(0.018, "Muon's step size, for the layers' matrices", 0, 1)
     curriculum: int = setting(12, "steps per added dimension; 0: all at once", 0, 10**6)
     seed: int = setting(1, "of weights and prompts", 0, 10**9)
     # Those above decide a network's weights, these do not (tuning becomes its steps).
@@ -103,7 +103,7 @@ torch.set_num_threads(1)
 
 
 def side_by_side(function, *tensors):
-    """function(*tensors), by parts of 32 prompts: these are axis 0, and axis 1 of what returns."""
+    """function(*tensors) in parts of 32 prompts: axis 0 of the tensors, axis 1 of the result."""
     return torch.cat([*THREADS.map(function, *(z.split(32) for z in tensors))], dim=1)
 
 
@@ -147,8 +147,9 @@ def fresh_prompts(config, count, purpose):
 # this holds, too). Let R_k = I - S M_k be what is missing from it. Then
 #     R_{k+1} = I - S (2 M_k - M_k S M_k) = (I - S M_k)^2 = R_k^2,
 # so 10^-3 becomes 10^-6, then 10^-12: digits double. Without noise b = S w*, and M_k and S
-# commute, so w* - w_k = w* - M_k S w* = R_k w*. Of it, along an eigenvector of eigenvalue lambda,
-# k steps of Newton from alpha S leave (1 - alpha lambda^2)^(2^k), m of GD (1 - eta lambda)^m.
+# commute, so w* - w_k = w* - M_k S w* = R_k w*. Along an eigenvector of eigenvalue lambda, the
+# share of w* still missing is (1 - alpha lambda^2)^(2^k) after k steps of Newton from alpha S,
+# and (1 - eta lambda)^m after m steps of GD.
 
 # As (1 - x)^N is about e^(-N x), a direction is found once 2^k alpha lambda^2, or m eta lambda,
 # passes 1. With alpha = 1/lambda_max^2 and eta = 1/lambda_max, Newton has found the directions
@@ -211,7 +212,7 @@ def newton_start(S):
     """A safe alpha for M_0 = alpha S (..., d, d): (..., 1, 1), finite for S = 0 too.
 
     At most 1/lambda_max(S)^2, so that no eigenvalue of R_0 = I - alpha S^2 is negative; not much
-    less, since every halving costs a step. Frobenius norm, as in the authors' code."""
+    less, since every halving costs a step. The authors take S S^T's Frobenius norm."""
     return 1 / torch.linalg.matrix_norm(S @ S.mT, keepdim=True).clamp_min(TINY)
 
 
@@ -256,7 +257,7 @@ def conjugate_gradient(S, b, steps):
 def interleave(xs, ys):
     """(prompts, n+1, d), (prompts, n+1) -> tokens x_1, y_1, x_2, ...: (prompts, 2n+1, d).
 
-    y is padded with zeros; the last y, the answer, is left out (Fu, section 3)."""
+    y is padded with zeros; the last y, the answer, is left out; dtype as xs (Fu, section 3)."""
     y_tokens = F.pad(ys[..., None], (0, xs.shape[-1] - 1))  # (prompts, n+1, d): y, 0, ..., 0
     return torch.stack([xs, y_tokens], dim=2).flatten(1, 2)[:, :-1]
 
@@ -281,7 +282,7 @@ class Transformer(nn.Module):
         self.read_in = nn.Parameter(torch.randn(W, config.d) / config.d**0.5)
         self.positions = nn.Parameter(0.3 * sinusoids(2 * config.n + 1, W))
         self.read_out = nn.Parameter(torch.zeros(W))
-        scale = torch.tensor([1, 1, 1, 0.5])[:, None, None] / (3 * W) ** 0.5  # less for writers
+        scale = torch.tensor([1, 1, 1, 0.5])[:, None, None] / (3 * W) ** 0.5  # O, down: half
         self.attention = nn.Parameter(torch.randn(L, 4, W, W) * scale)  # Q, K, V, O
         self.mlp = nn.Parameter(torch.randn(L, 2, 2 * W, W) * scale[2:])  # up, down^T
 
@@ -290,7 +291,7 @@ class Transformer(nn.Module):
         tokens = interleave(xs, ys)
         h = tokens @ self.read_in.mT + self.positions[: tokens.shape[1]]  # (P, T, d) @ (d, W)
         yield h
-        for attention, (up, down) in zip(self.attention.unbind(), self.mlp.unbind()):
+        for attention, (up, down) in zip(self.attention, self.mlp):
             h = h + self.attend(normalize(h), attention)
             h = h + F.silu(normalize(h) @ up.mT) @ down  # (P, T, 2W), then (P, T, W)
             yield h
@@ -320,8 +321,7 @@ class Transformer(nn.Module):
 #     mean over t of  sqrt( mean over prompts of |e_t|^1.5 ).
 # No method can avoid early errors, a thousand times larger; late ones show how well a network
 # computes: the root lets them count. And |e|^1.5, since a few unlucky squares drown the rest.
-# (On a CPU each quarter of a batch has this loss, and a thread, of its own; the gradients are
-# averaged.)
+# (On a CPU each quarter of a batch has its own loss and thread; gradients are averaged.)
 
 # Second the optimiser. Muon (Keller Jordan, 2024) replaces each matrix's momentum by the
 # nearest orthogonal matrix: all directions are learned at one speed. Five steps find it, X <-
@@ -334,7 +334,7 @@ class Transformer(nn.Module):
 
 def orthogonalize(G):
     """Roughly the nearest matrix with orthonormal columns to each of (..., m, n), m >= n."""
-    X = G / torch.linalg.matrix_norm(G, keepdim=True).clamp_min(1e-7)
+    X = F.normalize(G, dim=(-2, -1), eps=1e-7)  # by its Frobenius norm
     for _ in range(5):
         gram = X.mT @ X
         X = 3.4445 * X + X @ (-4.7750 * gram + 2.0315 * gram @ gram)
@@ -401,7 +401,7 @@ def train(config):
     if config.kappa > 1:
         model.load_state_dict(train(dataclasses.replace(config, kappa=1.0)).state_dict())
         config = dataclasses.replace(config, curriculum=0, steps=config.tuning,
-                                     muon_lr=max(config.muon_lr / 2, 1e-9))  # its bound
+                                     muon_lr=config.muon_lr / 2)
     if config.steps == 0:
         return model.requires_grad_(False)
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -509,9 +509,9 @@ def doublings(steps):
 
 
 # %% 8. The paper's figures
-# An experiment, called once a seed, draws by `curve` into the panels that `sheet` gives to all
-# seeds (section 15). It returns them; the headline, with {gaps}; and the numbers for these and
-# the claims (section 14): {key: measured, or (measured, what it must beat)}.
+# An experiment, called once a seed, draws by `curve` into panels that all seeds share (`sheet`,
+# section 15). It returns the panels; a headline with {gaps}; and the numbers that fill the gaps
+# and the claims (section 14): {key: measured, or (measured, what it must beat)}.
 
 PAPER = (  # Fu's Transformer (d = 20, n = 40): best matches of layers 1..12, figures 8 and 10
     [1, 1, 2, 5, 8, 10, 14, 16, 20, 20, 21, 21],  # steps of Newton, then of GD
@@ -542,7 +542,7 @@ def climb(config, learner):
 def rates(config, sheet):
     """Fu, figures 3, 8, 10: the steps of Newton and GD that layers match; CG is the control.
 
-    CG's rate is that of its steps 1..L until it is exact: it has no first layers to lose."""
+    CG's rate counts its steps from 1 on, up to L, or until it is exact."""
     axes = sheet("errors like which Newton step's?", "like which GD step's?",
                  "as small as which Newton step's?", xlabel="layer or step", ylabel="step")
     axes[1].set_yscale("symlog", linthresh=1)
@@ -618,8 +618,8 @@ def heatmaps(config, sheet):
 # for each D and t. D*(l) is the D whose best polynomial errs as layer l does. If D*(l) > l, no
 # method of one such step a layer does what the layers do; if D*(l) <= l, one may.
 
-# Not covered is CG, which finds its sizes on the prompt: it is drawn beside. Newton's D* is but
-# 2^(k/4) at first: k steps reach lambda_max 2^(-k/2), the best D fixed ones lambda_max/D^2.
+# CG is no such method: it finds its sizes on the prompt. Newton's D* is but 2^(k/4) at first: k
+# steps reach lambda_max 2^(-k/2), the best D fixed ones lambda_max/D^2.
 
 
 def polynomial_features(xs, ys, t):
@@ -692,7 +692,7 @@ def conditioning(config, sheet):
 # %% Part II, theory that runs. 11. Newton's weights, written by hand (Fu, theorem 5.1)
 # Newton is possible in attention because attention makes sums over examples. Let an example be
 # one token [T x_j ; x_j ; y_j], where T is to become M. Attention has ReLU in place of softmax,
-# and two heads of opposite sign: ReLU(s) - ReLU(-s) = s. (The printed proof errs: see README.)
+# and two heads of opposite sign: ReLU(s) - ReLU(-s) = s. (Printed is one V for both: |s|.)
 #     first layer    T = alpha S      adds alpha sum_j x_j <x_j, x_t> to the top block
 #     Newton layer   T <- 2T - T S T  adds -1/2 T S T x_t to it, and the MLP doubles it
 #     readout layer  x_q^T T b        adds sum_j y_j <T x_j, x_q> to the query's empty y
@@ -710,7 +710,7 @@ def token_blocks(d):
 
 
 def linear_heads(Q, K, V):
-    """Two ReLU heads that add sum_j <Q h_t, K h_j> V h_j: ReLU(s) V - ReLU(-s) V = s V."""
+    """Two heads (Q, K, V) that add sum_j s V h_j, s = <Q h_t, K h_j>: ReLU(s) V - ReLU(-s) V."""
     return [(Q, K, V), (-Q, K, -V)]
 
 
@@ -763,7 +763,7 @@ def by_hand(config, sheet):
 # is one step of gradient descent on R, preconditioned by A, and more layers are more steps
 # (lemma 1). For one layer and w ~ N(0, I) the loss is quadratic in A: to train is to fit least
 # squares. With endless examples the best A is a Newton step, Sigma^-1; with few it moves less
-# along small eigenvalues (theorem 1).
+# than that, most so along small eigenvalues (theorem 1).
 
 def optimal_preconditioner(Sigma, n):
     """The A (d, d) of least expected squared error for one layer (Ahn, theorem 1).
@@ -903,26 +903,26 @@ def draw(axes, title):
 # %% 16. Files and checkpoints
 
 def write_file(path, content):
-    """Write bytes; a kill leaves the old file or the new one. OSError, in one line."""
+    """Write bytes; a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         temporary.replace(path)
-    except OSError as error:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror}") from None
 
 
 class Checkpoint:
-    """The file of one training; its name hashes all that decides the weights, code too."""
+    """The file of one training; its name hashes what decides the weights: settings and code."""
 
     def __init__(self, config, model, optimizers, generator):
         self.parts, self.generator = [model, *optimizers], generator
-        # Code is known by what it does: try its first and last step on a copy.
+        # Code is known by what it does: try four steps on a copy. (A change that none of them
+        # shows goes unseen: then delete the file.)
         other, *its_optimizers = copy.deepcopy(self.parts)
         twin = torch.Generator(generator.device).manual_seed(0)
-        for step in (0, config.steps - 1):
+        for step in (0, config.curriculum, config.steps // 2, config.steps - 1):
             training_step(other, its_optimizers, config, step, twin)
         sums = [z.detach().double().sum().item() for m in (model, other) for z in m.parameters()]
         settings = {k: v for k, v in vars(config).items() if k not in NOT_OF_WEIGHTS}
@@ -985,7 +985,7 @@ def check(config):
         (unknown, f"figures: all, or some of {','.join(EXPERIMENTS)}"),
         (config.n < config.d + 2, "n: at least d + 2"),
         (config.width % config.heads, "heads: a divisor of the width"),
-        (config.seed + config.seeds > 10**9 + 1, "seed, seeds: at most 1000000000 together"),
+        (config.seed + config.seeds > 10**9 + 1, "seed, seeds: the last is above 1000000000"),
         (0 < config.steps <= grown, f"steps: 0, or above {grown} (curriculum)"),
         (config.device == "cuda" and not torch.cuda.is_available(), "device cuda: none here")):
         if wrong:
@@ -994,8 +994,7 @@ def check(config):
 
 def parse(arguments):
     """Command line -> (the preset's line, Config). Bad input: one line, exit status 2."""
-    parser = argparse.ArgumentParser("icl_newton.py", usage=argparse.SUPPRESS, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS)
     presets = "; ".join(f"{name}: {line}" for name, (line, _) in PRESETS.items())
     parser.add_argument("--preset", choices=PRESETS, default="default", help=presets)
     for field in dataclasses.fields(Config):
@@ -1042,7 +1041,7 @@ def main(arguments=None):
     print(f"icl_newton: {line}")
     try:
         run(config)
-    except (NotImplementedError, FloatingPointError, ValueError, OSError, MemoryError) as error:
+    except (NotImplementedError, FloatingPointError, ValueError, OSError) as error:
         print(f"icl_newton: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -1051,6 +1050,5 @@ def main(arguments=None):
     return 0
 
 
-if __name__ == "__main__" and Path(globals().get("__file__", "")).is_file():
-    # In a notebook there is no file: call run(Config()).
+if __name__ == "__main__" and "__file__" in globals():  # not so in a notebook: run(Config())
     sys.exit(main())

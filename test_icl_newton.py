@@ -81,7 +81,7 @@ def close(actual, expected, message, tolerance=1e-9, dtype=torch.float64):
     actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
     check_form(actual, expected.shape, message, dtype)
     error = (actual.double() - expected.double()).abs().max() / max(expected.abs().max(), 1e-9)
-    assert error <= tolerance, f"{message} (largest relative error {error:.1e})"
+    assert error <= tolerance, f"{message} (largest relative error {error:.1e}{': float32 or an eps inside?' if error < 1e-4 else ''})"
 
 
 def check_standard(z, message, tolerance, fourth=3):
@@ -111,18 +111,20 @@ def check_solver(solver, left, **options):
         S, b, values, U = planted_moments(*batch, d=d, zeros=zeros)
         found = torch.stack([1 - left(values, k) for k in range(steps + 1)]) / values.clamp_min(1e-9)
         expected = torch.einsum("...ij,k...j,...lj,...l->k...i", U, found, U, b)
-        close(call(solver, S, b, steps=steps, **options), expected, f"(steps+1, ..., d): {why}")
+        result = call(solver, S, b, steps=steps, **options)
+        close(result[:1], expected[:1], "step 0: w = 0 for GD, alpha S b for Newton (an alpha of 0 is a number, too)")
+        close(result, expected, f"(steps+1, ..., d): {why}")
 
 
 def test_ex01_shapes_and_generator(icl):
-    for P, n, d, law in ((3, 4, 2, {}), (2, 1, 1, dict(kappa=7.0)), (1, 5, 3, dict(noise=0.1))):
+    for P, n, d, law in ((3, 4, 2, dict(kappa=7.0)), (2, 1, 1, {}), (1, 5, 3, dict(noise=0.1))):
         g, again = (torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(SEED) for _ in range(2))
-        (_, a), (_, b), (_, c), (xs, ys) = (icl.sample_prompts(P, n, d, generator=z, **law) for z in (g, again, g, None))
+        a, b, c, (xs, ys) = (icl.sample_prompts(P, n, d, generator=z, **law) for z in (g, again, g, None))
         check_form(xs, (P, n + 1, d), "xs (prompts, n+1, d)", torch.float32)
         check_form(ys, (P, n + 1), "ys (prompts, n+1)", torch.float32)
-        assert torch.equal(a, b), "same seed, other prompts: pass the generator to every draw"
-        assert not torch.equal(a, c), "the next draws from a generator gave the same prompts"
-        assert a.device.type == g.device.type, "prompts must be on the generator's device"
+        assert all(map(torch.equal, a, b)), "same seed, other prompts: pass the generator to every draw"
+        assert not any(map(torch.equal, a, c)), "the next draws from a generator gave the same prompts"
+        assert ys.device.type == "cpu" and a[0].device.type == g.device.type, "prompts must be on the generator's device"
 
 
 def test_ex01_covariance(icl):
@@ -132,9 +134,9 @@ def test_ex01_covariance(icl):
         for x in icl.sample_prompts(2, 20_000, d, kappa=kappa)[0].double():
             z = x @ torch.linalg.eigh(x.mT @ x)[1] * (values.mean() / values).sqrt()
             check_standard(z, why, 0.12)
-    u = F.normalize(icl.sample_prompts(15_000, 1, 3, kappa=1e4)[0][:, 0].double())  # the first axis
-    why = "each prompt needs its own eigenbasis, and a uniform one: made of *normal* numbers"
-    check_standard(3**0.5 * u, why, 0.05, fourth=1.8)
+    first, query = F.normalize(icl.sample_prompts(15_000, 1, 3, kappa=1e4)[0].double(), dim=-1).unbind(1)
+    assert ((first * query).sum(1).abs() > 0.9).double().mean() > 0.9, "the query has the examples' covariance"
+    check_standard(3**0.5 * first, "a prompt has its own x's, its own uniform eigenbasis: of *normal* numbers", 0.05, fourth=1.8)
 
 
 def test_ex01_rule_and_noise(icl):
@@ -146,10 +148,12 @@ def test_ex01_rule_and_noise(icl):
         w = torch.linalg.pinv(x) @ y[..., None]
         close((x @ w)[..., 0], y, "without noise y = w*.x, for one w* and the x returned", 1e-3)
         check_standard(w[..., 0], "w* ~ N(0, I), one a prompt; y comes from the *finished* x", 0.18)
-        check_standard(noise, "noise: *standard deviation*; every y, the last too, its own; whatever x", 0.18)
+        check_standard(noise, "noise: *standard deviation*; every y, the last too, its own", 0.18)
+        assert (noise[..., None] * x).mean((0, 1)).abs().max() < 0.1, "noise must not depend on x"
 
 
 def test_ex02_gradient_descent(icl):
+    mock.patch.object(icl, "gradient_descent_after", side_effect=AssertionError("take the steps one by one")).start()
     check_solver(icl.gradient_descent, lambda z, k: (1 - z / z[..., -1:].clamp_min(1e-9)) ** k)
 
 
@@ -160,7 +164,7 @@ def test_ex03_newton_start(icl):
         check_form(alpha, (*batch, 1, 1), "an alpha for each S")
         size = alpha[..., 0] * (scale * values[..., -1:]) ** 2
         assert (size <= 1 + 1e-5).all(), "alpha lambda_max^2 above 1: R_0 is negative"
-        assert (size >= 0.9 / d**2).all(), "alpha is too small: every halving costs a step"
+        assert (size >= 0.4 / d**2).all(), "alpha is too small: the square forgotten, an eps added, one for all S?"
         check_form(icl.newton_start(0 * S), (*batch, 1, 1), "a finite alpha for S = 0, too")
 
 
@@ -174,7 +178,7 @@ def test_ex04_newton(icl):
     safe = lambda S: 0.7 / ((S @ S).diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + 1e-30)
     with mock.patch.object(icl, "newton_start", safe):
         run = call(icl.newton, S, b, steps=30)
-    close(run[0], (safe(S) * S @ b[..., None])[..., 0], "alpha defaults to newton_start(S)")
+    close(run[0], (safe(S) * S @ b[..., None])[..., 0], "alpha defaults to newton_start(S), one for each prefix")
     close(run[-1], goal, "the default alpha must suit each prefix, S = 0 too", 1e-6)
 
 
@@ -182,7 +186,7 @@ def test_ex05_interleave(icl):
     for P, n, d, dtype in ((3, 4, 3, torch.double), (2, 3, 1, torch.float), (1, 0, 2, torch.float)):
         xs, ys = draws(P, n + 1, d).to(dtype), draws(P, n + 1).to(dtype)
         tokens = call(icl.interleave, xs, ys)
-        check_form(tokens, (P, 2 * n + 1, d), "(P, 2n+1, d): the last y is left out", dtype)
+        check_form(tokens, (P, 2 * n + 1, d), "(P, 2n+1, d), of xs's dtype: the last y is left out", dtype)
         assert torch.equal(tokens[:, ::2], xs), "x_1, x_2, ... stand at the even positions"
         assert torch.equal(tokens[:, 1::2], F.pad(ys[:, :n, None], (0, d - 1))), "y_t follows x_t: y, 0, ..., 0"
 
@@ -205,7 +209,7 @@ def test_ex07_similarity_of_errors(icl):
     for A, B, P, n, dtype, size in ((3, 2, 4, 5, torch.double, 1e-4), (1, 4, 3, 1, torch.float, 1)):
         a, b, ys = draws(A, P, n + 1), draws(B, P, n + 1), 10 * draws(P, n + 1)
         a, b = (z / z[..., 1:].norm(dim=-1, keepdim=True) for z in (a, b))
-        a[:, 0] = 0
+        a[:, 0] = b[:, -1] = 0
         expected = torch.stack([(one * b)[..., 1:].sum(-1) for one in a]).mean(-1)
         size = size * torch.arange(1.0, P + 1)[:, None]
         inputs = [z.to(dtype) for z in (size * a + ys, size * b + ys, ys)]
@@ -247,7 +251,6 @@ def test_ex10_optimal_preconditioner(icl):
               "is not (E S)^2, it has the trace of Sigma; n + 1 and n", 1e-3)
 
 
-# ------------------------------------------------------------------------------------------------
 # For lecturers (the student's copy ends above). Homework: python test_icl_newton.py FOLDER
 
 import inspect
@@ -277,34 +280,36 @@ def test_an_exercise_needs_no_other_and_is_not_empty(number, name):
 
 SHEETS = """# Three sheets: how Transformers solve regressions
 
-Predict before you run anything. Where icl_newton.py raises NotImplementedError, write what the docstring promises, on
-the edges too: S = 0, d = 1, 0 steps. `python -m pytest -k test_ex` grades, a line each; paragraphs by hand, 5 points.
+Predict before you read on. Write what emptied functions promise, on the edges too: S = 0, d = 1, n = 0, t < d, 0 steps.
+`python -m pytest -k test_ex` grades: 100 points (`-k ex04 --tb=short`: one, and where it crashed); each paragraph 5 more.
 
 ## 1. How fast does Newton converge? Exercises 1 to 4 (30, 25, 15, 30 minutes)
 
 Read sections 1 to 3 (25 minutes), to derive why Newton's digits double and why gradient descent needs more steps.
 
-- Predict: for condition number 100 of S, not 1, how many more steps until *all* directions are found?
-  > GD 100 times as many, Newton 2 log2 100 = 13 more: 2^k = kappa^2. For a large error fewer.
-- A paragraph: R_k is squared in every step, yet the first hardly lower the error. What do they gain?
+- Predict: for condition number 100 of S, not 1, how many more steps does Newton take until *all* directions are found,
+  how many times as many GD? Check: S = diag(1, .01), b = (1, .01), alpha = 1: when is w_2 above 1 - 1/e?
+  > GD 100 times as many; Newton 2 log2 100 = 13 more (there 14, from 0): 2^k = kappa^2. For a large error fewer.
+- A paragraph: R_k is squared in every step, yet the first steps hardly lower the error. What do they gain?
   > Directions: those above lambda_max 2^(-k/2) are found after k steps. Digits double once all are.
 
 ## 2. What does a layer know? Exercises 5 to 7 (15, 20, 20 minutes)
 
-Read sections 4 to 9 (35 minutes), to read answers out of a layer, and to say what each of two rulers cannot tell.
+Read sections 4 to 7, and of 8 and 9 the comments (35 minutes), to say what each of two rulers cannot tell.
 
-- Predict: a layer's errors have similarity .97 with a Newton step's. Is the layer a Newton step?
+- Predict, before section 8: a layer's errors have similarity .97 with a Newton step's. Is the layer a Newton step?
   > At t < d most of an error no method can avoid; deviations shuffled over prompts score nearly so.
-- A paragraph: from your `--preset quick --figures rates,products`, is a layer a Newton step? Numbers for and against!
-  > Looked for: both rulers, the control CG, and that a rate alone does not identify an algorithm.
+- A paragraph: run `python icl_newton.py --preset quick --figures rates,products`. Its numbers are rough and not your
+  neighbour's: which comparisons survive that? For and against a layer's being a Newton step, with the control CG.
+  > Looked for: both rulers, CG (two runs: 3.6 > 3.3, 3.3 > 3; by size 2.5 > 2.2, 2.16 > 2.11), that a rate is no proof.
 
 ## 3. Weights by hand, weights by theory. Exercises 8 to 10 (15, 45, 45 minutes)
 
 Read sections 11 to 13 (25 minutes), to write Newton's method as weights, and to derive what linear attention learns.
 
-- Predict: with a causal mask, what goes wrong in the hand-written layers?
+- Predict: with a causal mask token j would see tokens 1..j only. What would a layer add in place of T S T x?
   > Every x_j would carry its own prefix's T, so the sums are not T S T of one S.
-- A paragraph: derive the A of exercise 10 from the expected loss.
+- A paragraph: derive exercise 10's A from the expected loss. Given: E x x^T x x^T = 2 Sigma^2 + tr(Sigma) Sigma.
   > E (w.x_q - x_q^T A^T S w / n)^2 is quadratic in A; E S^2 = n (n+1) Sigma^2 + n tr(Sigma) Sigma.
 """
 
@@ -314,7 +319,7 @@ def write_homework(folder):
     path = Path(folder).resolve()
     lecturers = path.with_name(path.name + "-LECTURERS.md")
     if folder.startswith("-") or lecturers.exists() or path.exists() and (path.is_file() or any(path.iterdir())):
-        raise ValueError(f"usage: python test_icl_newton.py FOLDER, an empty one, without {lecturers.name}")
+        raise ValueError(f"usage: python test_icl_newton.py FOLDER, an empty one, without FOLDER-LECTURERS.md")
     program = PROGRAM.read_text("utf-8")
     for name, text in TEXTS.items():
         program = program.replace(text, STUBS[name])
@@ -324,6 +329,7 @@ def write_homework(folder):
     for name, text in (PROGRAM.name, program), ("test_icl_newton.py", tests), ("SHEETS.md", sheets):
         (path / name).write_text(text, "utf-8")
     lecturers.write_text("\n\n".join([SHEETS, "```python", *TEXTS.values(), "```\n"]), "utf-8")
+    print(f"for students: {path}; for you: {lecturers}")
 
 
 def shell(folder, *command):
@@ -346,7 +352,6 @@ def test_homework(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2, "nothing else is written"
 
 
-# ------------------------------------------------------------------------------------------------
 # Everything but the exercises
 
 import dataclasses
@@ -494,16 +499,16 @@ def test_training_step_by_hand(recipe):
 
 
 def test_training_resumes_to_the_bit():
-    config, real = tiny(steps=320), lib.training_step
+    config, real, tried = tiny(steps=320), lib.training_step, [0, 0, 160, 319]
     with mock.patch.object(lib, "THREADS", SimpleNamespace(map=map)):  # one part after the other
         whole = lib.train(tiny(steps=320, checkpoints="whole"))
-    calls = plant("training_step", lambda *args: real(*args) if len(calls) != 303 else 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # at step 301: two rehearsals come first
+    calls = plant("training_step", lambda *args: real(*args) if len(calls) != 305 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # at step 301: four rehearsals come first
         lib.train(config)
     for model in lib.train(config), lib.train(config):
         assert all(map(torch.equal, whole.parameters(), model.parameters())), "not the same to the bit"
     assert not model.mlp.requires_grad and os.listdir("whole") == os.listdir("checkpoints")
-    assert [c.args[3] for c in calls[303:]] == [0, 319, *range(250, 320), 0, 319], "goes on at the checkpoint"
+    assert [c.args[3] for c in calls[305:]] == [*tried, *range(250, 320), *tried], "goes on at the checkpoint"
     plant("training_step", lambda *args: real(*args) * torch.nan)
     with pytest.raises(FloatingPointError, match="step 12"):
         lib.train(tiny(checkpoints="nan"))
@@ -513,12 +518,9 @@ def test_training_resumes_to_the_bit():
 def test_training_at_kappa_goes_on_from_kappa_1():
     calls, config = plant("training_step", lib.training_step), tiny(kappa=9.0, curriculum=2)
     hard, easy = lib.train(config), lib.train(dataclasses.replace(config, kappa=1.0))
-    laws = [(z.kappa, z.curriculum, z.muon_lr) for z in (c.args[2] for c in calls)]  # two of each: rehearsals
-    assert laws == [(1, 2, 0.018)] * (2 + 12) + [(9, 0, 0.009)] * (2 + 5) + [(1, 2, 0.018)] * 2, "once, then for `tuning`"
+    laws = [(z.kappa, z.curriculum, z.muon_lr) for z in (c.args[2] for c in calls)]  # four of each: rehearsals
+    assert laws == [(1, 2, 0.018)] * (4 + 12) + [(9, 0, 0.009)] * (4 + 5) + [(1, 2, 0.018)] * 4, "once, then for `tuning`"
     assert 0 < (hard.attention - easy.attention).abs().max() < 0.2, "goes on from the network of kappa 1"
-    untrained = lib.train(tiny(kappa=9.0, muon_lr=1e-9, steps=0, tuning=0, checkpoints="none"))
-    torch.manual_seed(1)
-    assert untrained.mlp.equal(lib.Transformer(tiny()).mlp) and not os.path.exists("none")
 
 
 def test_checkpoint_names():
@@ -531,9 +533,11 @@ def test_checkpoint_names():
     assert files() == files(seeds=2, prompts=9, figures="rates", device="auto", out="x", tuning=9) == 1
     for count, (key, value) in enumerate(other.items(), start=2):
         assert files(**{key: value}) == count, f"{key} decides the weights"
-    for place, value in (("torch.__version__", "9"), ("icl_newton.orthogonalize", lambda G: G)):
+    count, real = files(d=5, curriculum=2), lib.sample_prompts  # the last change: while d = 3 alone
+    for place, value in (("torch.__version__", "9"), ("icl_newton.orthogonalize", lambda G: G),
+                         ("icl_newton.sample_prompts", lambda P, n, d, *z: real(P, n - (d == 3), d, *z))):
         with mock.patch(place, value):
-            assert files() == (count := count + 1), f"{place} decides the weights"
+            assert files(d=5, curriculum=2) == (count := count + 1), f"{place} decides the weights"
 
 
 def test_damaged_checkpoints():
@@ -545,7 +549,7 @@ def test_damaged_checkpoints():
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=f"{path.name} is damaged: delete it"):
             lib.train(tiny())
-    with mock.patch.object(Path, "replace", side_effect=OSError(28, "full")), pytest.raises(OSError, match=f"{path}: full"):
+    with mock.patch.object(Path, "replace", side_effect=OSError(28, "full")), pytest.raises(OSError, match="full"):
         lib.write_file(path, good)
     assert path.read_bytes() == bad and len(os.listdir("checkpoints")) == 1, "whole or not there"
 
@@ -567,8 +571,7 @@ def test_planted_learners(name):
         ORACLES[name](*lib.prefix_moments(*judging)), judging[0]))
     config, z = tiny(d=9, n=18, layers=L, prompts=300), {}
     for experiment in (lib.rates, lib.convergence, lib.heatmaps, lib.products, lib.conditioning):
-        axes, _, numbers = experiment(config, functools.cache(lib.make_sheet))
-        assert experiment is lib.heatmaps or "Transformer" in [line.get_label() for line in axes[0].get_lines()]
+        _, _, numbers = experiment(config, functools.cache(lib.make_sheet))
         z |= {key: np.asarray(number, dtype=float).tolist() for key, number in numbers.items()}
     this, rough, other = (lib.study(dataclasses.replace(config, **z)) for z in ({}, dict(noise=0.1), dict(seed=0)))
     _, (X, _), (xs, ys) = calls[0].args
@@ -688,8 +691,6 @@ def test_a_run_of_several_seeds(capsys, monkeypatch):
     record = json.loads(Path("figures/results.json").read_text())
     assert record["measured"]["error"] == [3, 3, 3] and record["settings"]["seeds"] == 3
     assert record["holds"] == holds == {"equal_rate": 0, "like_ols": 1}
-    lines, holds = lib.table({key: [(1.0, 1.0)] for key in lib.CLAIMS})
-    assert len(lines) <= 18 and max(map(len, lines)) <= 100 and not any(holds.values()), "equal: no"
 
 
 def test_input_and_exit_statuses(capsys):
@@ -697,7 +698,7 @@ def test_input_and_exit_statuses(capsys):
     Path("a_file").write_text("mine")
     for bad in """figures x|no_such 1|d 1|n 6|steps x|noise -1|kappa .5|muon_lr nan|heads 3|d 9e9|width 1e3
             |preset x|device x|recipe x|layers 3|batch 0|curriculum 200|muon_lr inf|seeds 0|prompts 1|seed 1e3
-            |preset quick,small|out a_file/x|checkpoints a_file|seed -1|curriculum -1|muon_lr 0|steps 216
+            |preset quick,small|out a_file/x|checkpoints a_file|seed -1|curriculum -1|muon_lr -1|steps 216
             |seed 9237203685|seed 1000000000 --seeds 2|kappa 1e39|noise 1e30|tuning -1|figures rates,""".split("|"):
         with pytest.raises(SystemExit, match="2"):
             lib.main(f"--{bad.strip()}".split())
@@ -707,7 +708,7 @@ def test_input_and_exit_statuses(capsys):
     assert Path("a_file").read_text() == "mine"
     c = lib.parse("--preset quick --d 2 --n 4 --layers 4 --width 2 --curriculum 0 --seed 0".split())[1]
     assert (c.d, c.prompts, c.out, lib.parse([])[1]) == (2, 256, "figures/quick", lib.Config())
-    for error in (FloatingPointError, ValueError, OSError, KeyboardInterrupt, MemoryError):
+    for error in (FloatingPointError, ValueError, OSError, KeyboardInterrupt):
         plant("run", error("x"))
         assert lib.main(["--figures", "rates"]) == (130 if error is KeyboardInterrupt else 1)
         assert capsys.readouterr().err.strip().count("\n") == 0
@@ -722,10 +723,9 @@ def test_numbers_at_the_edge_work_to_the_end(law):
 
 
 def test_the_program_runs_without_its_file(tmp_path):
-    """In a notebook, by exec or from standard input: nothing needs the source text."""
+    """In a notebook, or by exec: nothing needs the source text."""
     text = f"{PROGRAM.read_text('utf-8')}\nrun(Config(**{vars(tiny(figures='rates'))}))"
-    done = shell(tmp_path, "-c", f"exec({text!r})")
-    assert done.returncode == 0 and "rates:" in done.stdout, done.stderr
+    assert "rates:" in shell(tmp_path, "-c", f"exec({text!r})").stdout
 
 
 def test_the_readme_has_the_committed_table():
