@@ -547,11 +547,12 @@ def rates(config, sheet):
                  "as small as which Newton step's?", xlabel="layer or step", ylabel="step")
     axes[1].set_yscale("symlog", linthresh=1)
     climbs = {name: climb(config, name) for name in ("Newton", "CG", "Transformer")}
+    climbs["CG"] = [steps[: config.d - 1] for steps in climbs["CG"]]  # after d it is exact
     for name, matched in [*climbs.items(), ("Fu's Transformer", PAPER)]:
         for ax, steps in zip(axes, matched):
             curve(ax, name, steps)
     to_newton, to_gd, equal = climbs["Transformer"]
-    cg, _, cg_equal = (steps[: config.d - 1] for steps in climbs["CG"])
+    cg, _, cg_equal = climbs["CG"]
     title = "A layer climbs {newton_rate[0]:.1f} Newton steps (a step of CG {newton_rate[1]:.1f})"
     return axes, title + "; by error size after n {equal_rate[0]:.1f} (CG {equal_rate[1]:.1f})", {
         "newton_rate": (line_fit(to_newton)[0], line_fit(cg, 1)[0]),
@@ -648,17 +649,17 @@ def polynomial_errors(config, t):
 
 
 def products(config, sheet):
-    """New: D* of the layers, of Newton's steps and of CG's, after d and after n examples."""
-    L, found, worth = config.layers, {}, {}
+    """New: D* of layers, of Newton's steps, of CG's until it is exact, after d and n examples."""
+    L, found = config.layers, {}
     axes = sheet(f"after d = {config.d} examples", f"after all {config.n}",
                  xlabel="layer or step", ylabel="first-order steps")
     for ax, name, t in zip(axes, ("products_d", "products_n"), (config.d, config.n)):
         x, best, curves = range(1, L + 1), polynomial_errors(config, t), learning_curves(config, t)
         ax.fill_between(x, 0, x, color="#DDDDDD", label="one first-order step a layer, or less")
-        for label in ("Newton", "CG", "Transformer"):
-            worth[label] = equal_error_steps(curves[label][1 : L + 1], range(len(best)), best)
-            curve(ax, label, worth[label])
-        found[name] = worth["Transformer"][-1], L
+        for label, last in (("Newton", L), ("CG", min(L, config.d - 1)), ("Transformer", L)):
+            worth = equal_error_steps(curves[label][1 : last + 1], range(len(best)), best)
+            curve(ax, label, worth)
+        found[name] = worth[-1], L  # the Transformer's
     title = "The last layer is worth {products_d[0]:.0f} first-order steps after d examples"
     return axes, title + ", {products_n[0]:.0f} after n", found
 
