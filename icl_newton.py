@@ -77,7 +77,7 @@ class Config:
     recipe: str = setting("muon", "muon; or fu: Adam at 1e-4, squared error", "muon", "fu")
     steps: int = setting(2000, "training steps; 0, and tuning 0: untrained", 0, 10**7)
     batch: int = setting(96, "fresh prompts per step", 1, 65_536)
-    muon_lr: float = setting(0.018, "Muon's step size, for the layers' matrices", 0, 1)
+    muon_lr: float = setting(0.018, "Muon's step size, for the layers' matrices", 1e-9, 1)
     curriculum: int = setting(12, "steps per added dimension; 0: all at once", 0, 10**6)
     seed: int = setting(1, "of weights and prompts", 0, 10**9)
     # Those above decide a network's weights, these do not (tuning becomes its steps).
@@ -148,8 +148,8 @@ def fresh_prompts(config, count, purpose):
 #     R_{k+1} = I - S (2 M_k - M_k S M_k) = (I - S M_k)^2 = R_k^2,
 # so 10^-3 becomes 10^-6, then 10^-12: digits double. Without noise b = S w*, and M_k and S
 # commute, so w* - w_k = w* - M_k S w* = R_k w*. Along an eigenvector of eigenvalue lambda, the
-# share of w* still missing is (1 - alpha lambda^2)^(2^k) after k steps of Newton from alpha S,
-# and (1 - eta lambda)^m after m steps of GD.
+# share still missing is (1 - alpha lambda^2)^(2^k) after k steps of Newton from alpha S, and
+# (1 - eta lambda)^m after m of GD.
 
 # As (1 - x)^N is about e^(-N x), a direction is found once 2^k alpha lambda^2, or m eta lambda,
 # passes 1. With alpha = 1/lambda_max^2 and eta = 1/lambda_max, Newton has found the directions
@@ -212,7 +212,7 @@ def newton_start(S):
     """A safe alpha for M_0 = alpha S (..., d, d): (..., 1, 1), finite for S = 0 too.
 
     At most 1/lambda_max(S)^2, so that no eigenvalue of R_0 = I - alpha S^2 is negative; not much
-    less, since every halving costs a step. The authors take S S^T's Frobenius norm."""
+    less, since every halving costs a step. The authors: 1/||S S^T||, Frobenius norm."""
     return 1 / torch.linalg.matrix_norm(S @ S.mT, keepdim=True).clamp_min(TINY)
 
 
@@ -334,7 +334,7 @@ class Transformer(nn.Module):
 
 def orthogonalize(G):
     """Roughly the nearest matrix with orthonormal columns to each of (..., m, n), m >= n."""
-    X = F.normalize(G, dim=(-2, -1), eps=1e-7)  # by its Frobenius norm
+    X = F.normalize(G, dim=(-2, -1), eps=1e-7)
     for _ in range(5):
         gram = X.mT @ X
         X = 3.4445 * X + X @ (-4.7750 * gram + 2.0315 * gram @ gram)
@@ -357,11 +357,12 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, config):
     """Adam, and Muon for the stacks of matrices; or the paper's Adam alone."""
+    muon_lr = config.muon_lr / (2 if config.kappa > 1 else 1)
     if config.recipe == "fu":
         return [torch.optim.Adam(model.parameters(), 1e-4)]
     rest = [model.read_in, model.positions, model.read_out]
     return [torch.optim.Adam(rest, 0.005, (0.9, 0.99)),
-            Muon([model.attention, model.mlp], dict(lr=config.muon_lr, momentum=0.9))]
+            Muon([model.attention, model.mlp], dict(lr=muon_lr, momentum=0.9))]
 
 
 def gradients(model, recipe, xs, ys):
@@ -400,8 +401,7 @@ def train(config):
     model = Transformer(config).to(device)
     if config.kappa > 1:
         model.load_state_dict(train(dataclasses.replace(config, kappa=1.0)).state_dict())
-        config = dataclasses.replace(config, curriculum=0, steps=config.tuning,
-                                     muon_lr=config.muon_lr / 2)
+        config = dataclasses.replace(config, curriculum=0, steps=config.tuning)
     if config.steps == 0:
         return model.requires_grad_(False)
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -466,7 +466,7 @@ def study(config):
 # %% 7. Two rulers
 # How many steps of Newton is a layer worth? *Similarity* asks which step has the most similar
 # errors: the cosine between the vectors of errors that two learners make on a prompt, over t =
-# 1..n. (The authors' code counts t = 0, too.) *Equal error* asks after how many steps Newton errs
+# 1..n. (The authors: from t = 0.) *Equal error* asks after how many steps Newton errs
 # as little as the layer. Any learner can stand in the layer's place, and a known one should:
 # Newton must give 0, 1, 2.
 
@@ -510,8 +510,8 @@ def doublings(steps):
 
 # %% 8. The paper's figures
 # An experiment, called once a seed, draws by `curve` into panels that all seeds share (`sheet`,
-# section 15). It returns the panels; a headline with {gaps}; and the numbers that fill the gaps
-# and the claims (section 14): {key: measured, or (measured, what it must beat)}.
+# section 15). It returns the panels; a headline with {gaps}; and numbers for these gaps and the
+# claims (section 14): {key: measured, or (measured, what it must beat)}.
 
 PAPER = (  # Fu's Transformer (d = 20, n = 40): best matches of layers 1..12, figures 8 and 10
     [1, 1, 2, 5, 8, 10, 14, 16, 20, 20, 21, 21],  # steps of Newton, then of GD
@@ -528,26 +528,28 @@ def learning_curves(config, t, ax=None):
     return curves
 
 
+def compared(config, learner):
+    """The steps of a learner that are compared: 1..L; CG's end before d, where it is exact."""
+    return slice(1, min(config.layers + 1, config.d) if learner == "CG" else config.layers + 1)
+
+
 def climb(config, learner):
-    """What a learner's steps 1..L match, three arrays (L,).
+    """What a learner's compared steps match, three arrays.
 
     Steps of Newton and of GD by similarity, steps of Newton by equal error after n examples."""
-    s, curves, own = study(config), learning_curves(config, config.n), slice(1, config.layers + 1)
+    s, curves, own = study(config), learning_curves(config, config.n), compared(config, learner)
     to_newton = similarity_of_errors(s.runs[learner][own], s.runs["Newton"], s.ys).argmax(1)
     to_gd = similarity_of_errors(s.runs[learner][own], s.runs["GD"], s.ys).argmax(1)
     equal = equal_error_steps(curves[learner][own], STEPS["Newton"], curves["Newton"])
-    return to_newton.numpy(), np.array(STEPS["GD"])[to_gd], equal
+    return to_newton.numpy(), np.take(STEPS["GD"], to_gd), equal
 
 
 def rates(config, sheet):
-    """Fu, figures 3, 8, 10: the steps of Newton and GD that layers match; CG is the control.
-
-    CG's rate counts its steps from 1 on, up to L, or until it is exact."""
+    """Fu, figures 3, 8, 10: the steps of Newton and GD that layers match; CG is the control."""
     axes = sheet("errors like which Newton step's?", "like which GD step's?",
                  "as small as which Newton step's?", xlabel="layer or step", ylabel="step")
     axes[1].set_yscale("symlog", linthresh=1)
     climbs = {name: climb(config, name) for name in ("Newton", "CG", "Transformer")}
-    climbs["CG"] = [steps[: config.d - 1] for steps in climbs["CG"]]  # after d it is exact
     for name, matched in [*climbs.items(), ("Fu's Transformer", PAPER)]:
         for ax, steps in zip(axes, matched):
             curve(ax, name, steps)
@@ -649,16 +651,16 @@ def polynomial_errors(config, t):
 
 
 def products(config, sheet):
-    """New: D* of layers, of Newton's steps, of CG's until it is exact, after d and n examples."""
+    """New: D* of the layers, of Newton's steps and of CG's, after d and after n examples."""
     L, found = config.layers, {}
     axes = sheet(f"after d = {config.d} examples", f"after all {config.n}",
                  xlabel="layer or step", ylabel="first-order steps")
     for ax, name, t in zip(axes, ("products_d", "products_n"), (config.d, config.n)):
         x, best, curves = range(1, L + 1), polynomial_errors(config, t), learning_curves(config, t)
         ax.fill_between(x, 0, x, color="#DDDDDD", label="one first-order step a layer, or less")
-        for label, last in (("Newton", L), ("CG", min(L, config.d - 1)), ("Transformer", L)):
-            worth = equal_error_steps(curves[label][1 : last + 1], range(len(best)), best)
-            curve(ax, label, worth)
+        for who in ("Newton", "CG", "Transformer"):
+            worth = equal_error_steps(curves[who][compared(config, who)], range(len(best)), best)
+            curve(ax, who, worth)
         found[name] = worth[-1], L  # the Transformer's
     title = "The last layer is worth {products_d[0]:.0f} first-order steps after d examples"
     return axes, title + ", {products_n[0]:.0f} after n", found
@@ -693,7 +695,7 @@ def conditioning(config, sheet):
 # %% Part II, theory that runs. 11. Newton's weights, written by hand (Fu, theorem 5.1)
 # Newton is possible in attention because attention makes sums over examples. Let an example be
 # one token [T x_j ; x_j ; y_j], where T is to become M. Attention has ReLU in place of softmax,
-# and two heads of opposite sign: ReLU(s) - ReLU(-s) = s. (Printed is one V for both: |s|.)
+# and two heads of opposite sign: ReLU(s) - ReLU(-s) = s. (Fu print one V for both: |s|.)
 #     first layer    T = alpha S      adds alpha sum_j x_j <x_j, x_t> to the top block
 #     Newton layer   T <- 2T - T S T  adds -1/2 T S T x_t to it, and the MLP doubles it
 #     readout layer  x_q^T T b        adds sum_j y_j <T x_j, x_q> to the query's empty y
@@ -763,8 +765,8 @@ def by_hand(config, sheet):
 # Now b/n is minus the gradient at w = 0 of R(w) = (1/2n) sum_i (w.x_i - y_i)^2. So the layer
 # is one step of gradient descent on R, preconditioned by A, and more layers are more steps
 # (lemma 1). For one layer and w ~ N(0, I) the loss is quadratic in A: to train is to fit least
-# squares. With endless examples the best A is a Newton step, Sigma^-1; with few it moves less
-# than that, most so along small eigenvalues (theorem 1).
+# squares. With endless examples the best A is a Newton step, Sigma^-1; with few it moves less,
+# most so along small eigenvalues (theorem 1).
 
 def optimal_preconditioner(Sigma, n):
     """The A (d, d) of least expected squared error for one layer (Ahn, theorem 1).
@@ -904,14 +906,15 @@ def draw(axes, title):
 # %% 16. Files and checkpoints
 
 def write_file(path, content):
-    """Write bytes; a kill leaves the old file or the new one."""
+    """Write bytes; a kill leaves the old file or the new one. OSError, in one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
-    finally:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror}") from None
 
 
 class Checkpoint:
@@ -919,11 +922,10 @@ class Checkpoint:
 
     def __init__(self, config, model, optimizers, generator):
         self.parts, self.generator = [model, *optimizers], generator
-        # Code is known by what it does: try four steps on a copy. (A change that none of them
-        # shows goes unseen: then delete the file.)
+        # Code is known by what it does: try some steps. What none shows goes unseen.
         other, *its_optimizers = copy.deepcopy(self.parts)
         twin = torch.Generator(generator.device).manual_seed(0)
-        for step in (0, config.curriculum, config.steps // 2, config.steps - 1):
+        for step in sorted({0, config.curriculum, config.steps // 2, config.steps - 1}):
             training_step(other, its_optimizers, config, step, twin)
         sums = [z.detach().double().sum().item() for m in (model, other) for z in m.parameters()]
         settings = {k: v for k, v in vars(config).items() if k not in NOT_OF_WEIGHTS}
@@ -995,7 +997,8 @@ def check(config):
 
 def parse(arguments):
     """Command line -> (the preset's line, Config). Bad input: one line, exit status 2."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser("icl_newton.py", usage=argparse.SUPPRESS, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
     presets = "; ".join(f"{name}: {line}" for name, (line, _) in PRESETS.items())
     parser.add_argument("--preset", choices=PRESETS, default="default", help=presets)
     for field in dataclasses.fields(Config):
@@ -1042,7 +1045,7 @@ def main(arguments=None):
     print(f"icl_newton: {line}")
     try:
         run(config)
-    except (NotImplementedError, FloatingPointError, ValueError, OSError) as error:
+    except (NotImplementedError, FloatingPointError, ValueError, OSError, MemoryError) as error:
         print(f"icl_newton: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -1051,5 +1054,5 @@ def main(arguments=None):
     return 0
 
 
-if __name__ == "__main__" and "__file__" in globals():  # not so in a notebook: run(Config())
+if __name__ == "__main__" and "__file__" in globals():  # in a notebook: run(Config())
     sys.exit(main())

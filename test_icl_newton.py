@@ -164,7 +164,7 @@ def test_ex03_newton_start(icl):
         check_form(alpha, (*batch, 1, 1), "an alpha for each S")
         size = alpha[..., 0] * (scale * values[..., -1:]) ** 2
         assert (size <= 1 + 1e-5).all(), "alpha lambda_max^2 above 1: R_0 is negative"
-        assert (size >= 0.4 / d**2).all(), "alpha is too small: the square forgotten, an eps added, one for all S?"
+        assert (size >= 0.9 / d**2).all(), "alpha is too small: the square forgotten, an eps added, one for all S?"
         check_form(icl.newton_start(0 * S), (*batch, 1, 1), "a finite alpha for S = 0, too")
 
 
@@ -287,9 +287,8 @@ Predict before you read on. Write what emptied functions promise, on the edges t
 
 Read sections 1 to 3 (25 minutes), to derive why Newton's digits double and why gradient descent needs more steps.
 
-- Predict: for condition number 100 of S, not 1, how many more steps does Newton take until *all* directions are found,
-  how many times as many GD? Check: S = diag(1, .01), b = (1, .01), alpha = 1: when is w_2 above 1 - 1/e?
-  > GD 100 times as many; Newton 2 log2 100 = 13 more (there 14, from 0): 2^k = kappa^2. For a large error fewer.
+- Predict: for condition number 100 of S, not 1, how many more steps do Newton and GD take to find *all* directions?
+  > GD 100 times as many; Newton 2 log2 100 = 13 more: 2^k = kappa^2. For a large error fewer.
 - A paragraph: R_k is squared in every step, yet the first steps hardly lower the error. What do they gain?
   > Directions: those above lambda_max 2^(-k/2) are found after k steps. Digits double once all are.
 
@@ -299,8 +298,7 @@ Read sections 4 to 7, and of 8 and 9 the comments (35 minutes), to say what each
 
 - Predict, before section 8: a layer's errors have similarity .97 with a Newton step's. Is the layer a Newton step?
   > At t < d most of an error no method can avoid; deviations shuffled over prompts score nearly so.
-- A paragraph: run `python icl_newton.py --preset quick --figures rates,products`. Its numbers are rough and not your
-  neighbour's: which comparisons survive that? For and against a layer's being a Newton step, with the control CG.
+- A paragraph: by your `--preset quick --figures rates,products` (rough: neighbours' differ), is a layer a Newton step?
   > Looked for: both rulers, CG (two runs: 3.6 > 3.3, 3.3 > 3; by size 2.5 > 2.2, 2.16 > 2.11), that a rate is no proof.
 
 ## 3. Weights by hand, weights by theory. Exercises 8 to 10 (15, 45, 45 minutes)
@@ -319,7 +317,7 @@ def write_homework(folder):
     path = Path(folder).resolve()
     lecturers = path.with_name(path.name + "-LECTURERS.md")
     if folder.startswith("-") or lecturers.exists() or path.exists() and (path.is_file() or any(path.iterdir())):
-        raise ValueError(f"usage: python test_icl_newton.py FOLDER, an empty one, without FOLDER-LECTURERS.md")
+        raise ValueError("usage: python test_icl_newton.py FOLDER, an empty one, without FOLDER-LECTURERS.md")
     program = PROGRAM.read_text("utf-8")
     for name, text in TEXTS.items():
         program = program.replace(text, STUBS[name])
@@ -329,7 +327,6 @@ def write_homework(folder):
     for name, text in (PROGRAM.name, program), ("test_icl_newton.py", tests), ("SHEETS.md", sheets):
         (path / name).write_text(text, "utf-8")
     lecturers.write_text("\n\n".join([SHEETS, "```python", *TEXTS.values(), "```\n"]), "utf-8")
-    print(f"for students: {path}; for you: {lecturers}")
 
 
 def shell(folder, *command):
@@ -499,16 +496,16 @@ def test_training_step_by_hand(recipe):
 
 
 def test_training_resumes_to_the_bit():
-    config, real, tried = tiny(steps=320), lib.training_step, [0, 0, 160, 319]
+    config, real, tried = tiny(steps=320), lib.training_step, [0, 160, 319]
     with mock.patch.object(lib, "THREADS", SimpleNamespace(map=map)):  # one part after the other
         whole = lib.train(tiny(steps=320, checkpoints="whole"))
-    calls = plant("training_step", lambda *args: real(*args) if len(calls) != 305 else 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # at step 301: four rehearsals come first
+    calls = plant("training_step", lambda *args: real(*args) if len(calls) != 304 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # at step 301: three rehearsals come first
         lib.train(config)
     for model in lib.train(config), lib.train(config):
         assert all(map(torch.equal, whole.parameters(), model.parameters())), "not the same to the bit"
     assert not model.mlp.requires_grad and os.listdir("whole") == os.listdir("checkpoints")
-    assert [c.args[3] for c in calls[305:]] == [*tried, *range(250, 320), *tried], "goes on at the checkpoint"
+    assert [c.args[3] for c in calls[304:]] == [*tried, *range(250, 320), *tried], "goes on at the checkpoint"
     plant("training_step", lambda *args: real(*args) * torch.nan)
     with pytest.raises(FloatingPointError, match="step 12"):
         lib.train(tiny(checkpoints="nan"))
@@ -518,9 +515,12 @@ def test_training_resumes_to_the_bit():
 def test_training_at_kappa_goes_on_from_kappa_1():
     calls, config = plant("training_step", lib.training_step), tiny(kappa=9.0, curriculum=2)
     hard, easy = lib.train(config), lib.train(dataclasses.replace(config, kappa=1.0))
-    laws = [(z.kappa, z.curriculum, z.muon_lr) for z in (c.args[2] for c in calls)]  # four of each: rehearsals
-    assert laws == [(1, 2, 0.018)] * (4 + 12) + [(9, 0, 0.009)] * (4 + 5) + [(1, 2, 0.018)] * 4, "once, then for `tuning`"
+    laws = [(z.kappa, z.curriculum, muon.defaults["lr"]) for _, (_, muon), z, *_ in (c.args for c in calls)]
+    assert laws == [(1, 2, 0.018)] * (4 + 12) + [(9, 0, 0.009)] * (3 + 5) + [(1, 2, 0.018)] * 4, "4 or 3 rehearsals, then steps"
     assert 0 < (hard.attention - easy.attention).abs().max() < 0.2, "goes on from the network of kappa 1"
+    untrained = lib.train(tiny(kappa=9.0, muon_lr=1e-9, steps=0, tuning=0, checkpoints="none"))
+    torch.manual_seed(1)
+    assert untrained.mlp.equal(lib.Transformer(tiny()).mlp) and not os.path.exists("none")
 
 
 def test_checkpoint_names():
@@ -549,7 +549,7 @@ def test_damaged_checkpoints():
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=f"{path.name} is damaged: delete it"):
             lib.train(tiny())
-    with mock.patch.object(Path, "replace", side_effect=OSError(28, "full")), pytest.raises(OSError, match="full"):
+    with mock.patch.object(Path, "replace", side_effect=OSError(28, "full")), pytest.raises(OSError, match=f"{path}: full"):
         lib.write_file(path, good)
     assert path.read_bytes() == bad and len(os.listdir("checkpoints")) == 1, "whole or not there"
 
@@ -571,7 +571,8 @@ def test_planted_learners(name):
         ORACLES[name](*lib.prefix_moments(*judging)), judging[0]))
     config, z = tiny(d=9, n=18, layers=L, prompts=300), {}
     for experiment in (lib.rates, lib.convergence, lib.heatmaps, lib.products, lib.conditioning):
-        _, _, numbers = experiment(config, functools.cache(lib.make_sheet))
+        axes, _, numbers = experiment(config, functools.cache(lib.make_sheet))
+        assert experiment is lib.heatmaps or "Transformer" in [line.get_label() for line in axes[0].get_lines()]
         z |= {key: np.asarray(number, dtype=float).tolist() for key, number in numbers.items()}
     this, rough, other = (lib.study(dataclasses.replace(config, **z)) for z in ({}, dict(noise=0.1), dict(seed=0)))
     _, (X, _), (xs, ys) = calls[0].args
@@ -691,6 +692,8 @@ def test_a_run_of_several_seeds(capsys, monkeypatch):
     record = json.loads(Path("figures/results.json").read_text())
     assert record["measured"]["error"] == [3, 3, 3] and record["settings"]["seeds"] == 3
     assert record["holds"] == holds == {"equal_rate": 0, "like_ols": 1}
+    lines, holds = lib.table({key: [(1.0, 1.0)] for key in lib.CLAIMS})
+    assert len(lines) <= 18 and max(map(len, lines)) <= 100 and not any(holds.values()), "equal: no"
 
 
 def test_input_and_exit_statuses(capsys):
@@ -698,17 +701,16 @@ def test_input_and_exit_statuses(capsys):
     Path("a_file").write_text("mine")
     for bad in """figures x|no_such 1|d 1|n 6|steps x|noise -1|kappa .5|muon_lr nan|heads 3|d 9e9|width 1e3
             |preset x|device x|recipe x|layers 3|batch 0|curriculum 200|muon_lr inf|seeds 0|prompts 1|seed 1e3
-            |preset quick,small|out a_file/x|checkpoints a_file|seed -1|curriculum -1|muon_lr -1|steps 216
+            |preset quick,small|out a_file/x|checkpoints a_file|seed -1|curriculum -1|muon_lr 0|steps 216
             |seed 9237203685|seed 1000000000 --seeds 2|kappa 1e39|noise 1e30|tuning -1|figures rates,""".split("|"):
         with pytest.raises(SystemExit, match="2"):
             lib.main(f"--{bad.strip()}".split())
         out, err = capsys.readouterr()
-        assert not out and err.count("\n") == 1, f"{bad}: {err}"
-        assert bad.split()[0] in err or "a_file" in err, f"{err} does not name --{bad}"
+        assert not out and err.count("\n") == 1 and (bad.split()[0] in err or "a_file" in err), f"--{bad}: {err}"
     assert Path("a_file").read_text() == "mine"
     c = lib.parse("--preset quick --d 2 --n 4 --layers 4 --width 2 --curriculum 0 --seed 0".split())[1]
     assert (c.d, c.prompts, c.out, lib.parse([])[1]) == (2, 256, "figures/quick", lib.Config())
-    for error in (FloatingPointError, ValueError, OSError, KeyboardInterrupt):
+    for error in (FloatingPointError, ValueError, OSError, KeyboardInterrupt, MemoryError):
         plant("run", error("x"))
         assert lib.main(["--figures", "rates"]) == (130 if error is KeyboardInterrupt else 1)
         assert capsys.readouterr().err.strip().count("\n") == 0
@@ -723,9 +725,8 @@ def test_numbers_at_the_edge_work_to_the_end(law):
 
 
 def test_the_program_runs_without_its_file(tmp_path):
-    """In a notebook, or by exec: nothing needs the source text."""
     text = f"{PROGRAM.read_text('utf-8')}\nrun(Config(**{vars(tiny(figures='rates'))}))"
-    assert "rates:" in shell(tmp_path, "-c", f"exec({text!r})").stdout
+    assert (done := shell(tmp_path, "-c", f"exec({text!r})")).returncode == 0 and "rates:" in done.stdout, done.stderr
 
 
 def test_the_readme_has_the_committed_table():
