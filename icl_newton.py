@@ -3,337 +3,1474 @@
 # dependencies = ["numpy", "torch==2.13.0", "matplotlib"]
 # ///
 """
-Do Transformers that learn linear regression in context run Newton's method, layer by layer?
+By which algorithm does a Transformer solve a regression that it has never seen?
 
-Give a Transformer a prompt x_1, y_1, ..., x_{n+1} whose answers come from a hidden rule y =
-w*.x, new in every prompt. Trained on enough of them, it solves a *new* regression in one
-forward pass. By which algorithm? Fu, Chen, Jia and Sharan (arXiv 2310.17086, "Fu") say: each
-layer is worth a few steps of Iterative Newton; of gradient descent (GD) it would take a number
-that doubles with every layer. This file trains such a network, reads a prediction out of each
-layer, lays it beside Newton, GD and conjugate gradient (CG), and asks if the evidence could
-have said no.
+Show a Transformer some examples of a hidden linear rule, x_1, y_1, x_2, y_2, ..., and ask it
+for the answer to one more x. If it was trained on many such prompts, each with a rule of its
+own, it answers well. It solves a new regression problem in a single forward pass, so there
+must be an algorithm in its weights.
 
-    python icl_newton.py                   eight figures, a table of claims
-    python icl_newton.py --preset quick    a first look; --help lists every setting
+Fu, Chen, Jia and Sharan (arXiv 2310.17086, "Fu" from here on) looked at the answer that each
+layer would give. From layer to layer, they say, the answers improve as those of *Iterative
+Newton* do from step to step, exponentially faster than those of gradient descent. This file
+trains such a network, repeats their measurement, and then looks inside.
 
-One idea carries the file: **every learner is a trajectory of predictions** (steps, prompts,
-n+1): a method's steps, a network's layers. So one ruler measures them all.
+    python icl_newton.py                   all figures and a table of claims, in minutes
+    python icl_newton.py --preset quick    a first look, in one minute; --help lists the rest
 
-    Part I     the paper's claim: prompts, four learners, the network, two rulers, the figures
-    Part II    theory that runs: Newton by hand; linear attention; softmax attention
-    Part III   machinery: claims, drawing, checkpoints, command line
+One idea carries the file: **every learner is a trajectory of predictions**. The steps of
+gradient descent, the steps of Newton and the layers of a network each give an answer. So one
+ruler can measure them all.
 
-Unlike Fu's: 8 layers, not 12, of width 64, not 256; Muon, not Adam; 1/lambda_max(S) for GD's
-step size, not 0.01; SiLU, not GELU; positions start as sinusoids; another loss (section 5).
+    Part I      The claim                     prompts, two methods, the network, its layers
+    Part II     Could it have said no?        rivals, a look inside, and what we found
+    Part III    Theory that runs              weights by hand; linear and softmax attention
+    Part IV     Machinery                     settings, Muon, files, drawing, command line
 
-Notation (Fu's). P prompts, L layers, T tokens, W the width of the network.
-    d, n          dimension of x; examples in a prompt. The (n+1)-th x is the last query.
-    t = 0..n      length of a prefix: a prompt asks n+1 questions, after 0, ..., n examples
-    Sigma, kappa  covariance of x and its condition number (1: isotropic)
-    X, y          a prefix: its rows x_1, ..., x_t, and their answers
-    S, b          X^T X = sum_i x_i x_i^T, and X^T y = sum_i y_i x_i
-    M             Newton's estimate of the inverse of S
+What differs from Fu: 8 layers of width 64, not 12 of width 256; the optimizer Muon, not Adam;
+1/lambda_max, not .01, as the step size of gradient descent; SiLU, not GELU; positions that
+start as sinusoids; and a loss in which small errors count (section 5).
+
+Notation, after Fu:
+    d, n          dimension of x; number of examples in a prompt. x_{n+1} is the last query.
+    t             number of examples seen so far, from 0 to n
+    x_q           the query, x_{t+1}: its answer is asked for
+    w*, w         the hidden rule of a prompt, y = w*.x; and a learner's estimate of it
+    X, y          the examples seen so far: t rows x_i, and their t answers
+    S, b          X^T X = sum of x_i x_i^T, (d, d); and X^T y = sum of y_i x_i, (d)
+    lambda, u     an eigenvalue of S and its eigenvector; lambda_max is the largest
+    eta, m        step size of gradient descent; number of its steps
+    M_k           Newton's guess of the inverse of S after k steps; R_k = I - S M_k is missing
+    alpha         Fu's Newton starts from M_0 = alpha S
+    Sigma, kappa  covariance of x, and its condition number (1: all directions alike)
 """
 
 import argparse
-import copy
 import dataclasses
 import functools
 import hashlib
-import io
+import inspect
 import json
+import math
 import os
 import sys
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
-import matplotlib.figure
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.polynomial.chebyshev import chebvander
 from torch import nn
 
-# %% Part I, the paper's claim. 1. Settings
+# %% Part I. The claim
+# %% 1. A prompt (Fu, section 3)
+# Here is a prompt of n = 3 examples in d = 2 dimensions. Its hidden rule is w* = (2, -1).
+#
+#     x_1 = ( 1, 0)   y_1 =  2
+#     x_2 = ( 0, 1)   y_2 = -1
+#     x_3 = ( 1, 1)   y_3 =  1
+#     x_4 = (-1, 2)   y_4 =  ?        The answer is -4.
+#
+# Every prompt draws a new rule, w* ~ N(0, I). So nothing can be memorized: whoever predicts
+# y_4 has to work it out from the examples in front of it.
 
-
-def setting(default, text, *allowed):
-    """A field of Config: its default, help, and what is allowed: least and most, or words."""
-    return dataclasses.field(default=default, metadata={"text": text, "allowed": allowed})
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Every setting, a flag each. ValueError for one that cannot work."""
-
-    d: int = setting(20, "dimension of x and of the hidden rule w*", 2, 256)
-    n: int = setting(40, "examples in a prompt, at least d + 2", 4, 1024)
-    kappa: float = setting(1.0, "condition number of Sigma (Fu: 1, 100)", 1, 1e6)
-    noise: float = setting(0.0, "standard deviation of noise on y (Fu: 0, .1)", 0, 1e3)
-    layers: int = setting(8, "layers of the Transformer", 4, 64)
-    width: int = setting(64, "width of its residual stream", 2, 4096)
-    heads: int = setting(2, "attention heads; a divisor of the width", 1, 64)
-    recipe: str = setting("muon", "muon; or fu: Adam at 1e-4, squared error", "muon", "fu")
-    steps: int = setting(2000, "training steps; 0, and tuning 0: untrained", 0, 10**7)
-    batch: int = setting(96, "fresh prompts per step", 1, 65_536)
-    muon_lr: float = setting(0.018, "Muon's step size, for the layers' matrices", 1e-9, 1)
-    curriculum: int = setting(12, "steps per added dimension; 0: all at once", 0, 10**6)
-    seed: int = setting(1, "of weights and prompts", 0, 10**9)
-    # Those above decide a network's weights, these do not (tuning becomes its steps).
-    tuning: int = setting(750, "further steps at kappa, if it is above 1", 0, 10**7)
-    seeds: int = setting(1, "how many networks, from `seed` on", 1, 100)
-    prompts: int = setting(640, "prompts to compare on; readouts: 4 times as many", 2, 65_536)
-    figures: str = setting("all", "which figures, separated by commas")
-    device: str = setting("auto", "auto: CUDA where there is one", "auto", "cpu", "cuda")
-    out: str = setting("figures", "folder for pictures and results")
-    checkpoints: str = setting("checkpoints", "folder for networks")
-
-    def __post_init__(self):
-        check(self)  # section 17
-
-
-NOT_OF_WEIGHTS = "tuning", "seeds", "prompts", "figures", "device", "out", "checkpoints"
-
-
-# Torch splits small tensors among its threads badly. So it gets one, and ours take a part of a
-# batch each. Numbers are then the same on any number of cores.
-THREADS = ThreadPoolExecutor(torch.get_num_threads(), "part", torch.set_num_threads, (1,))
-torch.set_num_threads(1)
-
-
-def side_by_side(function, *tensors):
-    """function(*tensors) in parts of 32 prompts: axis 0 of the tensors, axis 1 of the result."""
-    return torch.cat([*THREADS.map(function, *(z.split(32) for z in tensors))], dim=1)
-
-
-# %% 2. Prompts (Fu, section 3)
-# w* ~ N(0, I_d), x_i ~ N(0, Sigma), y_i = w*.x_i + noise. A new w* for every prompt: nothing
-# can be memorised, so whatever predicts y_{t+1} must be an algorithm, run on the prompt.
 
 def sample_prompts(prompts, n, d, kappa=1.0, noise=0.0, generator=None):
-    """Prompts xs (prompts, n+1, d), ys (prompts, n+1), float32, on the generator's device.
+    """Random prompts: xs (prompts, n+1, d) and their answers ys (prompts, n+1), float32.
 
-    kappa > 1: each prompt has its own covariance, of trace d, in a uniformly random basis; d//2
-    eigenvalues are kappa times the others (Fu, section 4.3)."""
-    device = generator.device if generator else None
-    draw = functools.partial(torch.randn, generator=generator, device=device)
-    xs = draw(prompts, n + 1, d)
+    x_i ~ N(0, Sigma), w* ~ N(0, I), and y_i = w*.x_i + noise * N(0, 1). If kappa is 1, Sigma
+    is the identity. Else each prompt has a Sigma of its own, of trace d, in a uniformly random
+    basis: d//2 of its eigenvalues are kappa times the others (Fu, section 4.3). All random
+    numbers come from the generator."""
+    xs = torch.randn(prompts, n + 1, d, generator=generator)
     if kappa != 1:
-        eigenvalues = torch.where(torch.arange(d, device=device) < d // 2, kappa, 1.0)
-        basis = torch.linalg.qr(draw(prompts, d, d)).Q
-        xs = (xs * (eigenvalues / eigenvalues.mean()).sqrt()) @ basis.mT
-    w_star = draw(prompts, d, 1)
+        eigenvalues = torch.where(torch.arange(d) < d // 2, kappa, 1.0)
+        scales = (eigenvalues / eigenvalues.mean()).sqrt()
+        directions = torch.randn(prompts, d, d, generator=generator)
+        basis = torch.linalg.qr(directions).Q
+        xs = (xs * scales) @ basis.mT
+    w_star = torch.randn(prompts, d, 1, generator=generator)
     ys = (xs @ w_star).squeeze(-1)
-    return xs, ys + noise * draw(prompts, n + 1)
+    return xs, ys + noise * torch.randn(prompts, n + 1, generator=generator)
+
+
+# Random numbers for different purposes are never the same numbers.
+PURPOSES = "weights training tuning readouts comparison polynomials probes random-y copies".split()
+
+
+def random_numbers(config, purpose):
+    """A random generator for one purpose of one seed."""
+    seed = 100 * config.seed + PURPOSES.index(purpose)
+    return torch.Generator().manual_seed(seed)
 
 
 def fresh_prompts(config, count, purpose):
-    """Prompts that training never saw, on the CPU; each purpose, a number, has its own."""
-    generator = torch.Generator().manual_seed(1_000_003 * config.seed + purpose)
-    return sample_prompts(count, config.n, config.d, config.kappa, config.noise, generator)
+    """Prompts that the training never sees: xs (count, n+1, d), ys (count, n+1)."""
+    generator = random_numbers(config, purpose)
+    return sample_prompts(
+        count, config.n, config.d, config.kappa, config.noise, generator
+    )
 
 
-# %% 3. Four classical learners (Fu, section 3.1)
-# They see a prefix only through S = X^T X and b = X^T y, all prefixes at once, in float64.
-# With noise of variance s^2 the best predictor is the w of (S + s^2 I) w = b: `ridge` is s^2.
-#     least squares     w = pinv(S) b              the answer; of minimum norm while t < d
-#     gradient descent  w <- w - eta (S w - b)     O(kappa(S) log 1/eps) steps
-#     Iterative Newton  M <- 2M - M S M, w = M b   O(log kappa(S) + log log 1/eps) steps
-#     conjugate gradient: of all methods with one product by S a step, the least error on the
-#         examples. Our *control*: whatever CG does, too, is no evidence for Newton.
-
-# Newton looks for the inverse of S (if t < d, within the span of the examples: there all of
-# this holds, too). Let R_k = I - S M_k be what is missing from it. Then
-#     R_{k+1} = I - S (2 M_k - M_k S M_k) = (I - S M_k)^2 = R_k^2,
-# so 10^-3 becomes 10^-6, then 10^-12: digits double. Without noise b = S w*, and M_k and S
-# commute, so w* - w_k = w* - M_k S w* = R_k w*. Along an eigenvector of eigenvalue lambda, the
-# share still missing is (1 - alpha lambda^2)^(2^k) after k steps of Newton from alpha S, and
-# (1 - eta lambda)^m after m of GD.
-
-# As (1 - x)^N is about e^(-N x), a direction is found once 2^k alpha lambda^2, or m eta lambda,
-# passes 1. With alpha = 1/lambda_max^2 and eta = 1/lambda_max, Newton has found the directions
-# lambda > lambda_max 2^(-k/2), GD those lambda > lambda_max/m. So at first a Newton step lowers
-# the least lambda in *reach* by sqrt(2); k steps are worth about 2^(k/2) of GD. Once all are
-# found, digits double, and so must the steps of GD. The figures mostly measure the first phase.
-
-# Newton converges for alpha < 2/lambda_max(S)^2. Fu print the edge, 2/||S S^T||_2: one
-# eigenvalue of R is -1 there, and its square never shrinks. And order matters: M S M forgets
-# rounding errors within the examples' span; S M M lets them grow up to kappa(S)-fold a step.
-
-# A method takes S (..., d, d), b (..., d) and returns the w of all steps: (steps+1, ..., d).
-
-TINY = 1e-30  # keeps zeros out of divisions and logarithms
+# %% 2. Least squares, and gradient descent (Fu, section 3.1)
+# A prompt asks n+1 questions: what is y_{t+1}, after the first t examples? The methods see
+# these examples only through the matrix S and the vector b. Without noise, S w* = b.
 
 
 def prefix_moments(xs, ys, ridge=0.0):
-    """S + ridge I (prompts, n+1, d, d) and b (prompts, n+1, d) of the prefixes t = 0..n."""
-    # Shifted by one: no prediction may see its own answer.
-    xs, ys = F.pad(xs.double(), (0, 0, 1, -1)), F.pad(ys.double(), (1, -1))
-    S = (xs[..., :, None] * xs[..., None, :]).cumsum(1)  # of t examples, at entry t
-    b = (ys[..., None] * xs).cumsum(1)
+    """S + ridge I (prompts, n+1, d, d) and b (prompts, n+1, d) after t = 0, ..., n examples.
+
+    In float64, like all methods here. If y has noise of variance s^2, the best predictor is
+    the w that solves (S + s^2 I) w = b. So for noisy prompts ridge is s^2."""
+    # Shifted by one: whoever predicts y_{t+1} may see the examples 1 to t, not the answer.
+    seen_xs = F.pad(xs.double(), (0, 0, 1, -1))
+    seen_ys = F.pad(ys.double(), (1, -1))
+    S = (seen_xs[..., :, None] * seen_xs[..., None, :]).cumsum(1)
+    b = (seen_ys[..., None] * seen_xs).cumsum(1)
     return S + ridge * torch.eye(xs.shape[-1]).to(S), b
 
 
 def times(matrices, vectors):
-    """Matrix times vector, batched: (..., a, d), (..., d) -> (..., a)."""
+    """Matrix times vector, for many pairs at once: (..., a, d), (..., d) -> (..., a)."""
     return (matrices @ vectors[..., None]).squeeze(-1)
 
 
-def predict(weights, xs):
-    """Each prefix's query answered, w.x: (..., prompts, n+1, d) -> (..., prompts, n+1)."""
-    return torch.einsum("...ptd,ptd->...pt", weights, xs.double())
+def least_squares(S, b):
+    """The w of least squared error on the examples, (..., d).
+
+    While t < d, many w have no error at all; this is the shortest of them."""
+    inverse = torch.linalg.pinv(S, hermitian=True, rtol=1e-12)
+    return times(inverse, b)
 
 
-def ols(S, b):
-    """Ordinary least squares, pinv(S) b: the answer itself, (..., d)."""
-    return times(torch.linalg.pinv(S, hermitian=True, rtol=1e-12), b)  # less is rounding
+TINY = 1e-30  # keeps zeros out of divisions and logarithms
+
+
+def largest_eigenvalue(S):
+    """lambda_max of each matrix, (..., d, d) -> (...). Of a matrix of zeros: TINY."""
+    return torch.linalg.eigvalsh(S)[..., -1].clamp_min(TINY)
+
+
+# Gradient descent walks down the squared error |X w - y|^2 / 2. Its gradient is S w - b.
 
 
 def gradient_descent(S, b, steps):
-    """Gradient descent, w <- w - eta (S w - b), from w = 0, with eta = 1/lambda_max(S)."""
-    eta = 1 / torch.linalg.eigvalsh(S)[..., -1:].clamp_min(TINY)  # (..., 1), one a prefix
+    """w <- w - eta (S w - b) from w = 0, with eta = 1/lambda_max(S).
+
+    S (..., d, d), b (..., d). Returns w after 0, 1, ..., steps: (steps+1, ..., d)."""
+    eta = 1 / largest_eigenvalue(S)[..., None]
     weights = [torch.zeros_like(b)]
     for _ in range(steps):
-        weights.append(weights[-1] - eta * (times(S, weights[-1]) - b))
+        w = weights[-1]
+        gradient = times(S, w) - b
+        weights.append(w - eta * gradient)
     return torch.stack(weights)
 
 
-def gradient_descent_after(S, b, counts):
-    """The same in closed form, as the figures take up to 65,536 steps: (counts, ..., d)."""
-    eigenvalues, U = torch.linalg.eigh(S)
-    eta_lambda = eigenvalues / eigenvalues[..., -1:].clamp_min(TINY)
-    found = torch.stack([(1 - (1 - eta_lambda) ** m) / eigenvalues for m in counts])
-    coordinates = torch.where(eta_lambda > 1e-12, found, 0.0) * times(U.mT, b)
-    return torch.einsum("...ij,s...j->s...i", U, coordinates)
+# How fast is it? An example: S = diag(1, 1/4) and w* = (1, 1), so b = (1, 1/4) and eta = 1.
+#
+#     steps                          0      1      2      3      4
+#     first coordinate of w          0      1      1      1      1
+#     second coordinate of w         0   .250   .438   .578   .684
+#     missing in the second          1   .750   .562   .422   .316     = (3/4)^steps
+#
+# In general, put b = S w* into the update, and subtract w* on both sides:
+#
+#     w_{m+1} - w*  =  (w_m - w*) - eta S (w_m - w*)  =  (I - eta S) (w_m - w*).
+#
+# So along an eigenvector u of S with eigenvalue lambda, a step multiplies what is missing by
+# 1 - eta lambda. At the start, w = 0, everything is missing. After m steps
+#
+#     share missing along u  =  (1 - eta lambda)^m.
+#
+# Directions of large lambda are found first. With eta = 1/lambda_max, a direction of lambda =
+# lambda_max/10 has (9/10)^10 = .35 left after 10 steps; one of lambda_max/1000 has .37 left
+# after 1,000. After m steps, gradient descent has reached down to about lambda_max/m.
 
 
-def newton_start(S):
-    """A safe alpha for M_0 = alpha S (..., d, d): (..., 1, 1), finite for S = 0 too.
+# %% 3. Newton: the same path, another clock
+# To solve S w = b, one may look for the inverse of S first. Newton's iteration improves a
+# guess M of it with nothing but products: M <- 2M - M S M. Let us try it on a number. We
+# invert s = 1/4, and our first guess is 1:
+#
+#     steps                          0      1      2      3      4      5
+#     guess M                        1   1.75   2.73   3.60   3.96  3.9996
+#     share found, s M            .250   .438   .684   .900   .990   .9999
+#     missing, R = 1 - s M        .750   .562   .316   .100   .010   .0001
+#
+# Each R is the square of the one before. So in the end, the number of correct digits doubles
+# with every step. With matrices, let R_k = I - S M_k be what is missing from the inverse:
+#
+#     R_{k+1}  =  I - S (2 M_k - M_k S M_k)  =  (I - S M_k)^2  =  R_k^2.
+#
+# So R_k is R_0 to the power 2^k. And w_k = M_k b = M_k S w*. As M_k commutes with S, this
+# means w* - w_k = R_k w*: what is missing from the inverse is missing from w.
+# (If t < d, then S has no inverse. All this holds within the span of the examples.)
+#
+# Now compare the two tables. Newton's shares found, .250, .438, .684, are those of gradient
+# descent after 1, 2 and 4 steps! Indeed: start Newton from M_0 = I/lambda_max. Then R_0 has
+# the eigenvalues 1 - lambda/lambda_max, and after k steps
+#
+#     share missing along u  =  (1 - lambda/lambda_max)^(2^k).
+#
+# That is gradient descent after m = 2^k steps. **The two walk the same path. The clock of
+# gradient descent counts 1, 2, 3, 4, and Newton's counts 1, 2, 4, 8.** To reach down to
+# lambda_max/1000, Newton takes 10 steps, not 1,000.
 
-    At most 1/lambda_max(S)^2, so that no eigenvalue of R_0 = I - alpha S^2 is negative; not much
-    less, since every halving costs a step. The authors: 1/||S S^T||, Frobenius norm."""
-    return 1 / torch.linalg.matrix_norm(S @ S.mT, keepdim=True).clamp_min(TINY)
 
+def newton(S, b, steps, start=None):
+    """Iterative Newton: M <- 2M - M S M, and w_k = M_k b (Fu, section 3.1).
 
-def newton(S, b, steps, alpha=None):
-    """Iterative Newton, M <- 2M - M S M, w_k = M_k b, from M_0 = alpha S (Fu, section 3.1).
-
-    alpha, a number, defaults to newton_start(S), prefix by prefix."""
-    M = (newton_start(S) if alpha is None else alpha) * S
+    S (..., d, d), b (..., d). `start` is M_0 (..., d, d), which must commute with S; without
+    it, alpha S. Returns w_0, ..., w_steps: (steps+1, ..., d). Here step 0 is M_0 b, not 0."""
+    M = newton_start(S) * S if start is None else start
     weights = [times(M, b)]
     for _ in range(steps):
-        M = 2 * M - M @ S @ M
+        M = 2 * M - M @ S @ M  # not S @ M @ M, which lets rounding errors grow
         weights.append(times(M, b))
     return torch.stack(weights)
 
 
-def conjugate_gradient(S, b, steps):
-    """Conjugate gradient on S w = b, from w = 0 (Hestenes and Stiefel, 1952).
+def gradient_descent_doubled(S, b, doublings):
+    """Gradient descent after 1, 2, 4, ..., 2^doublings steps: (doublings+1, ..., d).
 
-    A step goes along a direction p to the least w^T S w - 2 b^T w, the squared error on the
-    examples but for a constant. Any two directions have p^T S q = 0: no gain is lost again."""
-    residual, direction, weights = b, b, [torch.zeros_like(b)]
-    squared = start = b.square().sum(-1, keepdim=True)  # |residual|^2
-    for _ in range(steps):
-        S_direction = times(S, direction)
-        step_size = squared / (direction * S_direction).sum(-1, keepdim=True)
-        step_size = torch.where(squared > 1e-28 * start, step_size, 0.0)  # stop at rounding
-        weights.append(weights[-1] + step_size * direction)
-        residual = residual - step_size * S_direction
-        before, squared = squared, residual.square().sum(-1, keepdim=True)
-        direction = residual + squared / before.clamp_min(TINY) * direction
-    return torch.stack(weights)
+    The same w as gradient_descent's, but by `doublings` steps of Newton from I/lambda_max."""
+    identity = torch.eye(S.shape[-1]).to(S)
+    start = identity / largest_eigenvalue(S)[..., None, None]
+    return newton(S, b, doublings, start)
+
+
+# Fu start elsewhere, from M_0 = alpha S. Then R_0 is I - alpha S^2, and the share missing is
+# (1 - alpha lambda^2)^(2^k). That is another path. Small eigenvalues enter squared, so they
+# are found later: with alpha = 1/lambda_max^2, Newton reaches lambda_max/1000 after 20 steps.
+# While directions are being found, *two* of its steps double the steps of gradient descent;
+# only in the end, when all are found, does one step do that, as from I/lambda_max.
+
+
+def newton_start(S):
+    """A safe alpha for each S, to start Newton from alpha S: (..., d, d) -> (..., 1, 1).
+
+    At most 1/lambda_max(S)^2, so that no eigenvalue of R_0 is negative; and not much less,
+    since halving it costs up to a step. Finite even for S = 0."""
+    # As in Fu's code. Their paper prints 2/lambda_max^2. There one eigenvalue of R_0 is -1,
+    # and its squares are 1: it never shrinks.
+    frobenius = torch.linalg.matrix_norm(S @ S, keepdim=True)
+    return 1 / frobenius.clamp_min(TINY)
+
+
+# Now the first picture. It needs no network: let S be diagonal, and w* all ones. Then the
+# weights that a method finds are the shares that it has found. An experiment, here and later,
+# returns the panels of its picture, and claims. The claims are its title.
+
+
+class Panel(NamedTuple):
+    """A part of a picture. For each learner it has a list of curves, one for each seed."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    curves: dict  # learner -> curves: y over 1, 2, 3, ..., or a pair (x, y)
+    axes: dict = {}  # scales and limits
+
+
+class Claim(NamedTuple):
+    """A sentence that can be false: in each seed, `measured` is above (or below) the bar."""
+
+    sentence: str
+    measured: list  # a number for each seed
+    relation: str  # ">" or "<"
+    bar: object  # a number for each seed, or one for all
+
+
+def path(share, p, N):
+    """Share of w* found where lambda/lambda_max is `share`, on a path p, when the clock says N.
+
+    p is 1 for gradient descent, and for Newton from I/lambda_max; 2 for Newton from alpha S."""
+    return 1 - (1 - share**p) ** N
+
+
+def path_panels(on_one_path, on_another):
+    """The two paths, share of w* found against lambda/lambda_max, with more curves on them."""
+    share = torch.logspace(-3, 0, 61).double()
+    clocks = [2.0**k for k in range(10)]
+    one_path = {"its path": [(share, path(share, 1, N)) for N in clocks]}
+    another = {"its path": [(share, path(share, 2, N**2)) for N in clocks]}
+    labels = "lambda / lambda_max", "share of w* found"
+    axes = dict(xscale="log", ylim=(-0.1, 1.4))
+    return [
+        Panel("The path of gradient descent", *labels, one_path | on_one_path, axes),
+        Panel("The path of Newton from alpha S", *labels, another | on_another, axes),
+    ]
+
+
+def paths():
+    """Gradient descent and Newton, from either start, on the paths that the formulas predict.
+
+    Gradient descent after 1, 2, 4, ... steps; Newton from I/lambda_max after 0, 1, 2, ...; from
+    alpha S after 0, 2, 4, ... steps."""
+    share = torch.logspace(-3, 0, 31).double()
+    S, doublings = torch.diag(share), range(10)
+    one_by_one = gradient_descent(S, share, 512)[[2**k for k in doublings]]
+    doubled = gradient_descent_doubled(S, share, 9)
+    from_S = newton(S, share, 18, start=S)[::2]
+    on_one_path = {
+        "gradient descent": [(share, one_by_one[k]) for k in doublings],
+        "Newton from I/lambda_max": [(share, doubled[k]) for k in doublings],
+    }
+    on_another = {"Newton from alpha S": [(share, from_S[k]) for k in doublings]}
+    difference = float(abs(doubled - one_by_one).max())
+    same = Claim(
+        "Newton from I/lambda_max after k steps is gradient descent after 2^k (difference)",
+        [difference],
+        "<",
+        1e-12,
+    )
+    return path_panels(on_one_path, on_another), [same]
 
 
 # %% 4. The Transformer
-# A decoder like GPT-2: layers of causal attention and an MLP add to a residual stream. It
-# predicts y_{t+1} at the token x_{t+1}. Normalised queries and keys keep large steps stable.
+# It reads the tokens x_1, y_1, x_2, y_2, ..., x_{n+1}, and at each x_{t+1} it predicts y_{t+1}.
+# A token sees itself and the tokens to its left, so it never sees the answer.
 
-# Its first task is a copy: y_i must meet its x_i, one token to the left. Learned position by
-# position, that copy is where training got stuck. Sinusoids make it one task: a step to the
-# left rotates them alike everywhere. So positions *start* as sinusoids.
 
 def interleave(xs, ys):
-    """(prompts, n+1, d), (prompts, n+1) -> tokens x_1, y_1, x_2, ...: (prompts, 2n+1, d).
+    """xs (prompts, n+1, d), ys (prompts, n+1) -> tokens x_1, y_1, ...: (prompts, 2n+1, d).
 
-    y is padded with zeros; the last y, the answer, is left out; dtype as xs (Fu, section 3)."""
-    y_tokens = F.pad(ys[..., None], (0, xs.shape[-1] - 1))  # (prompts, n+1, d): y, 0, ..., 0
-    return torch.stack([xs, y_tokens], dim=2).flatten(1, 2)[:, :-1]
+    Each y is padded with zeros: y, 0, ..., 0. The last y is left out (Fu, section 3)."""
+    y_tokens = F.pad(ys[..., None], (0, xs.shape[-1] - 1))
+    tokens = torch.stack([xs, y_tokens], dim=2).flatten(1, 2)
+    return tokens[:, :-1]
 
 
-def sinusoids(T, W):
-    """A code for T positions (T, W): sines and cosines, periods of 2 pi to 200 pi tokens."""
-    angles = torch.arange(T)[:, None] * 100.0 ** -torch.linspace(0, 1, (W + 1) // 2)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :W]
+# Attention compares tokens and mixes them. So an example is of use only once its x and its y
+# stand in one token. They arrive in two: the token y_i has to copy x_i from the token to its
+# left, and the first layers do that. If each position had to learn this copy on its own,
+# training would get stuck. But in a code of sines and cosines, "one to the left" is the same
+# rotation at all positions. So positions start as such a code, and are then trained like all
+# other weights.
+
+
+def sinusoids(tokens, width):
+    """A code for positions: sines and cosines of width/2 frequencies, (tokens, width)."""
+    frequencies = 100.0 ** -torch.linspace(0, 1, width // 2)
+    angles = torch.arange(tokens)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def normalize(h):
-    """The one normalisation of the network, over the last axis: mean 0, variance 1."""
+    """The one normalization of this network: mean 0 and variance 1 over the last axis."""
     return F.layer_norm(h, h.shape[-1:])
 
 
 class Transformer(nn.Module):
-    """Decoder-only Transformer; sizes from the Config."""
+    """A decoder like GPT-2. The config gives its sizes and the seed of its first weights."""
 
     def __init__(self, config):
         super().__init__()
-        self.heads, L, W = config.heads, config.layers, config.width
-        self.read_in = nn.Parameter(torch.randn(W, config.d) / config.d**0.5)
-        self.positions = nn.Parameter(0.3 * sinusoids(2 * config.n + 1, W))
-        self.read_out = nn.Parameter(torch.zeros(W))
-        scale = torch.tensor([1, 1, 1, 0.5])[:, None, None] / (3 * W) ** 0.5  # O, down: half
-        self.attention = nn.Parameter(torch.randn(L, 4, W, W) * scale)  # Q, K, V, O
-        self.mlp = nn.Parameter(torch.randn(L, 2, 2 * W, W) * scale[2:])  # up, down^T
+        layers, width, d = config.layers, config.width, config.d
+        generator = random_numbers(config, "weights")
+        draw = functools.partial(torch.randn, generator=generator)
+        self.heads = config.heads
+        self.read_in = nn.Parameter(draw(width, d) / d**0.5)
+        self.positions = nn.Parameter(0.3 * sinusoids(2 * config.n + 1, width))
+        self.read_out = nn.Parameter(torch.zeros(width))
+        # Of each layer: Q, K, V, O of the attention; then "up" and "down" (transposed).
+        sizes = torch.tensor([1, 1, 1, 0.5])[:, None, None]
+        sizes = sizes / (3 * width) ** 0.5
+        self.attention = nn.Parameter(draw(layers, 4, width, width) * sizes)
+        self.mlp = nn.Parameter(draw(layers, 2, 2 * width, width) * sizes[2:])
 
     def stream(self, xs, ys):
-        """The residual stream (P, T, W) after the embedding and after every layer."""
-        tokens = interleave(xs, ys)
-        h = tokens @ self.read_in.mT + self.positions[: tokens.shape[1]]  # (P, T, d) @ (d, W)
+        """The residual stream (prompts, tokens, width): the embedding, then after each layer."""
+        tokens = interleave(xs, ys).to(self.read_in.device)
+        h = tokens @ self.read_in.mT
+        h = h + self.positions[: tokens.shape[1]]
         yield h
         for attention, (up, down) in zip(self.attention, self.mlp):
             h = h + self.attend(normalize(h), attention)
-            h = h + F.silu(normalize(h) @ up.mT) @ down  # (P, T, 2W), then (P, T, W)
+            h = h + F.silu(normalize(h) @ up.mT) @ down
             yield h
 
     def attend(self, h, weights):
-        """Multi-head causal attention on h (P, T, W) with weights Q, K, V, O (4, W, W)."""
+        """Causal attention: h (prompts, tokens, width); Q, K, V, O (4, width, width)."""
         Q, K, V, O = weights
-        q, k, v = ((h @ Z.mT).unflatten(-1, (self.heads, -1)) for Z in (Q, K, V))
-        heads = (z.transpose(1, 2) for z in (normalize(q), normalize(k), v))
-        # softmax(q k^T / sqrt(W/heads)) v, where token i sees tokens 0..i
-        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)  # (P, heads, T, W/heads)
-        return mixed.transpose(1, 2).flatten(2) @ O.mT  # heads side by side again: (P, T, W)
 
-    def states(self, xs, ys):
-        """What probes see: the normalised x tokens of the stream, (L+1, P, n+1, W)."""
-        return torch.stack([normalize(h[:, ::2]) for h in self.stream(xs, ys)])
+        def split(z):  # -> (prompts, heads, tokens, width / heads)
+            return z.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        queries = normalize(split(h @ Q.mT))
+        keys = normalize(split(h @ K.mT))
+        values = split(h @ V.mT)
+        mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        return mixed.transpose(1, 2).flatten(2) @ O.mT
 
     def forward(self, xs, ys):
-        """Predictions (P, n+1) of ys: entry t is made at the token x_{t+1}."""
+        """Predictions of ys, (prompts, n+1). Entry t is made at the token x_{t+1}."""
         *_, last = self.stream(xs, ys)
         return normalize(last[:, ::2]) @ self.read_out
 
+    @torch.no_grad()
+    def states(self, xs, ys):
+        """The normalized stream at the tokens x_1, ..., x_{n+1}, for probes; float64, CPU.
+
+        With a constant 1 at its end: (layers+1, prompts, n+1, width+1)."""
+        states = [normalize(h[:, ::2]) for h in self.stream(xs, ys)]
+        return F.pad(torch.stack(states), (0, 1), value=1.0).double().cpu()
+
 
 # %% 5. Training
-# The paper's Adam (`--recipe fu`) takes hundreds of thousands of steps. Three changes make them
-# thousands. First the loss. With e_t the error after t examples, it is
-#     mean over t of  sqrt( mean over prompts of |e_t|^1.5 ).
-# No method can avoid early errors, a thousand times larger; late ones show how well a network
-# computes: the root lets them count. And |e|^1.5, since a few unlucky squares drown the rest.
-# (On a CPU each quarter of a batch has its own loss and thread; gradients are averaged.)
+# Every step draws new prompts. The loss takes the error of each prefix. After few examples
+# that error is large, and nobody can avoid it; after many it can be a thousand times smaller,
+# and only there does one see how well a network computes. So for each t we take the mean of
+# |error|^1.5 over prompts, then its *root*, which lets small errors count, then the mean over t.
+#
+# The prompts start with 2 dimensions and 6 examples, and grow to d and n (a curriculum, after
+# Garg et al., 2022), because training that starts at d = 20 does not get off the ground. Why
+# the root works, and what the optimizers do, section 18 tells those who ask.
 
-# Second the optimiser. Muon (Keller Jordan, 2024) replaces each matrix's momentum by the
-# nearest orthogonal matrix: all directions are learned at one speed. Five steps find it, X <-
-# a X + b X X^T X + c X (X^T X)^2, a relative of Newton's: they move a singular value s to a s +
-# b s^3 + c s^5. Jordan's a, b, c drive it to about 1 fast. Step sizes rise for 100 steps and
-# fall in the second half.
 
-# Third a curriculum (Garg et al., 2022): 2 dimensions and 6 examples at first, then more, up
-# to d and n. Training at d = 20 does not start without it.
+def training_prompts(config, step, generator):
+    """The prompts of one training step: xs (batch, t+1, d), ys (batch, t+1), with t <= n."""
+    d, n = config.d, config.n
+    if config.curriculum:
+        d = min(2 + step // config.curriculum, d)
+    if d < config.d:
+        n = min(2 * d + 2, n)
+    xs, ys = sample_prompts(config.batch, n, d, config.kappa, config.noise, generator)
+    return F.pad(xs, (0, config.d - d)), ys  # dimensions still to come are 0
+
+
+def errors_and_gradients(model, xs, ys):
+    """The errors (prompts, t+1), and the gradient of their loss for each parameter."""
+    errors = model(xs, ys) - ys.to(model.read_in.device)
+    means = errors.abs().clamp_min(TINY).pow(1.5).mean(0)
+    loss = means.sqrt().mean()
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return errors.detach(), gradients
+
+
+def training(config, model, optimizers, generator, first_step=0, map=map):
+    """Train the model in place. After each step, yield its errors (batch, t+1).
+
+    A batch goes in four quarters, each with a loss of its own, and their gradients are
+    averaged. A `map` that does them side by side makes it faster, and changes no number."""
+    of_a_quarter = functools.partial(errors_and_gradients, model)
+    for step in range(first_step, config.steps):
+        xs, ys = training_prompts(config, step, generator)
+        quarters = map(of_a_quarter, xs.chunk(4), ys.chunk(4))
+        errors, gradients = zip(*quarters)
+        for parameter, *four in zip(model.parameters(), *gradients):
+            parameter.grad = sum(four) / 4
+
+        # Step sizes rise over 100 steps, stay, and fall to 0 over the second half.
+        rising = (step + 1) / 100
+        falling = 2 * (1 - step / config.steps)
+        for optimizer in optimizers:
+            lr = optimizer.defaults["lr"]
+            optimizer.param_groups[0]["lr"] = lr * min(rising, 1, falling)
+            optimizer.step()
+        yield torch.cat(errors)
+
+
+# %% 6. Reading a layer (Fu, section 4.1)
+# Only the last layer was trained to answer. What would the others say? Freeze the network. For
+# each layer, look for the straight line from its state at x_{t+1} to the answer y_{t+1} that
+# errs least. This is once more a regression: the states are its x's, with an S and a b of their
+# own. (For the last layer, the line found is nearly the network's own read_out.)
+#
+# A line looks better than it is on the prompts on which it was fitted, all the more if it has
+# many coefficients. So it is fitted on some prompts and judged on others.
+#
+# The result is a *learner*: a function that takes prompts and returns a trajectory of answers,
+# (steps, prompts, n+1). The methods of sections 2 and 3 are learners, too.
+
+
+def layers_as_learner(network, xs, ys):
+    """Fit the lines of all layers on these prompts, and return the layers as a learner.
+
+    Its step 0 is the embedding, and its step l is layer l."""
+    S = b = 0
+    for some_xs, some_ys in zip(xs.split(64), ys.split(64)):  # in parts, to save memory
+        H = network.states(some_xs, some_ys).flatten(
+            1, 2
+        )  # (layers+1, states, width+1)
+        S = S + H.mT @ H
+        b = b + times(H.mT, some_ys.double().flatten())
+    lines = least_squares(S, b)[:, None, :, None]
+    return lambda xs, ys: (network.states(xs, ys) @ lines).squeeze(-1)
+
+
+def method_as_learner(method, ridge=0.0):
+    """The learner of a method that takes S and b and returns the w of all its steps."""
+
+    def learner(xs, ys):
+        weights = method(*prefix_moments(xs, ys, ridge))
+        return (weights * xs.double()).sum(-1)
+
+    return learner
+
+
+def in_parts(function, xs, ys):
+    """function(xs, ys) for 64 prompts at a time, joined in axis 1: memory stays small."""
+    parts = zip(xs.split(64), ys.split(64))
+    return torch.cat([function(*part) for part in parts], dim=1)
+
+
+# %% 7. Which step is a layer like? (Fu, section 4.1)
+# The methods and the layers of the network now answer the same prompts.
+
+METHODS = {
+    "Newton": lambda S, b: newton(S, b, 32),
+    "gradient descent": lambda S, b: gradient_descent_doubled(S, b, 16),
+    # See section 8. With step d it is exact, so it stops one before.
+    "conjugate gradient": lambda S, b: conjugate_gradient(S, b, b.shape[-1] - 1),
+    "least squares": lambda S, b: least_squares(S, b)[None],
+}
+
+
+class Study:
+    """A trained network beside the methods, all on the same fresh prompts.
+
+    xs (prompts, n+1, d), ys (prompts, n+1), and runs: {learner: its trajectory}."""
+
+    def __init__(self, config, network):
+        self.config, self.network = config, network
+        fitting = fresh_prompts(config, 4 * config.prompts, "readouts")
+        self.layers = layers_as_learner(network, *fitting)
+        self.xs, self.ys = fresh_prompts(config, config.prompts, "comparison")
+        self.runs = {"Transformer": in_parts(self.layers, self.xs, self.ys)}
+        for name, method in METHODS.items():
+            learner = method_as_learner(method, config.noise**2)
+            self.runs[name] = in_parts(learner, self.xs, self.ys)
+
+    def similarity(self, learner, method):
+        """Of each step of a learner to each step of a method: (steps, steps)."""
+        return similarity_of_errors(self.runs[learner], self.runs[method], self.ys)
+
+    def error_curve(self, learner, t):
+        """Mean squared error / d after t examples: numbers of steps, errors (steps,)."""
+        miss = self.runs[learner][..., t] - self.ys[:, t]
+        errors = miss.square().mean(1) / self.config.d
+        steps = np.arange(len(errors))
+        return 2**steps if learner == "gradient descent" else steps, errors
+
+    def last_error(self, t):
+        """The same of the network's last layer: a number."""
+        _, errors = self.error_curve("Transformer", t)
+        return float(errors[-1])
+
+
+# Now the ruler. On a prompt, a learner makes n errors, one after each number of examples. That
+# is a vector. Two learners are alike if their vectors point the same way, whatever their
+# lengths. The step of Newton that is most alike is a layer's best match.
+#
+# First try the ruler on somebody known. Put Newton's steps 0, 2, 4, 6 in the place of the
+# layers: their best matches must be 0, 2, 4, 6. (The tests try it on a dozen learners.)
+
+
+def similarity_of_errors(trajectory_a, trajectory_b, ys):
+    """Fu's SimE: the cosine of two learners' errors over t = 1..n, averaged over prompts.
+
+    (A, prompts, n+1), (B, prompts, n+1), ys (prompts, n+1) -> (A, B): each step of one with
+    each step of the other. Errors that are all zero score 0."""
+    errors_a = (trajectory_a.double() - ys)[..., 1:]
+    errors_b = (trajectory_b.double() - ys)[..., 1:]
+    a, b = F.normalize(errors_a, dim=-1), F.normalize(errors_b, dim=-1)
+    return torch.einsum("apt,bpt->ab", a, b) / len(ys)
+
+
+def best_matches(study, learner, method):
+    """The most similar step of a method for steps 1, 2, ... of a learner, as many as layers.
+
+    Of gradient descent, with its 1, 2, 4, 8, ... steps, this is the number of doublings."""
+    own_steps = slice(1, study.config.layers + 1)
+    return study.similarity(learner, method)[own_steps].argmax(1).numpy()
+
+
+# Fu's own Transformer, 12 layers of width 256: its best matches, from figures 8 and 10. They,
+# too, compare 1, 2, 4, 8, ... steps of gradient descent.
+FU_NEWTON_STEPS = np.array("1 1 2 5 8 10 14 16 20 20 21 21".split(), int)
+FU_DOUBLINGS = np.array("0 0 2 3 5 6 8 9 10 12 12 12".split(), int)
+
+FIRST_LAYER = 3  # slopes begin here: the first layers are busy gathering the examples
+
+
+def slope(steps):
+    """Steps for each further layer, from FIRST_LAYER on: slope of the least-squares line."""
+    later = steps[FIRST_LAYER - 1 :]
+    return float(np.polyfit(range(len(later)), later, 1)[0])
+
+
+def rates(studies):
+    """Fu, figures 3, 8, 10: the steps of Newton and of gradient descent that layers match."""
+    newton_steps, doublings = {}, {}
+    for learner in "Transformer", "conjugate gradient":
+        newton_steps[learner] = [
+            best_matches(one, learner, "Newton") for one in studies
+        ]
+        doublings[learner] = [
+            best_matches(one, learner, "gradient descent") for one in studies
+        ]
+    per_layer = [slope(steps) for steps in newton_steps["Transformer"]]
+    per_step = [slope(steps) for steps in newton_steps["conjugate gradient"]]
+    doublings_per_layer = [slope(steps) for steps in doublings["Transformer"]]
+
+    newton_steps["Fu's Transformer"] = [FU_NEWTON_STEPS]
+    doublings["Fu's Transformer"] = [FU_DOUBLINGS]
+    layers = np.arange(1, studies[0].config.layers + 1)
+    doublings["twice the steps in each layer"] = [layers - 2]
+    x, log_steps = "layer, or step", "log2 of its number of steps"
+    panels = [
+        Panel("Like which step of Newton (Fu's start)?", x, "step", newton_steps),
+        Panel("Like which step of gradient descent?", x, log_steps, doublings),
+    ]
+    faster = Claim(
+        "A layer is worth more steps of Newton (Fu: 2.8) than a step of conjugate gradient is",
+        per_layer,
+        ">",
+        per_step,
+    )
+    doubling = Claim(
+        "Each layer about doubles the steps of gradient descent, or more (Fu: 1.4 doublings)",
+        doublings_per_layer,
+        ">",
+        0.9,
+    )
+    return panels, [faster, doubling]
+
+
+# %% What this picture says
+# From layer to layer the answers improve as by two or three steps of Newton, as in Fu's network
+# (gray). Gradient descent would have to double its steps each time, and more. If the network
+# ran gradient descent, one step in a layer, its curve on the right would be log2(1), log2(2),
+# log2(3), ..., which soon lies flat. (Conjugate gradient is our control: see section 8.)
+#
+# But a match is not an identity. First, both panels show *one* fact, since Newton and gradient
+# descent walk nearly one path. Second, how alike are a layer and its best match? Most of an
+# error nobody can avoid, since t < d examples do not determine w*. So all decent learners are
+# alike. A control shows how much: take the best Newton step, and add to it the deviations from
+# it that the layer has *on another prompt*. Where this shuffled learner scores as well as the
+# layer itself, a high score says that the deviations are small, and nothing else.
+
+
+# %% 7, continued. How alike?
+
+
+def by_layer(rows, x, first):
+    """A curve for each layer, from layer `first` on, in the form that a Panel takes."""
+    return {f"layer {i}": [(x, row)] for i, row in enumerate(rows[first:], first)}
+
+
+def collect(of_seeds):
+    """A list of {name: curve}, one for each seed -> {name: list of curves}."""
+    return {name: [curves[name] for curves in of_seeds] for name in of_seeds[0]}
+
+
+def unlike(study):
+    """1 - similarity of each layer to the best step of a method, and to the shuffled control."""
+    scores = {}
+    for name in "Newton", "gradient descent", "least squares":
+        similarity = study.similarity("Transformer", name)[1:]
+        scores[name] = 1 - similarity.amax(1)
+    best = study.runs["Newton"][best_matches(study, "Transformer", "Newton")]
+    deviations = study.runs["Transformer"][1:] - best
+    shuffled = best + deviations.roll(1, dims=1)  # those of the previous prompt
+    control = similarity_of_errors(shuffled, best, study.ys)
+    scores["shuffled deviations"] = 1 - control.diagonal()
+    return scores
+
+
+def similarity(studies):
+    """Fu, figures 3, 8, 10: similarity of errors, and what the shuffled control scores."""
+    to_newton = studies[0].similarity("Transformer", "Newton")
+    hills = by_layer(to_newton, range(33), first=1)
+    scores = collect([unlike(study) for study in studies])
+    last = {name: np.mean([1 - score[-1] for score in scores[name]]) for name in scores}
+    title = (
+        f"Of the last layer, at best: {last['Newton']:.3f} to Newton, "
+        f"{last['gradient descent']:.3f} to descent"
+    )
+    return [
+        Panel("To each step of Newton", "step of Newton", "similarity", hills),
+        Panel(title, "layer", "1 - similarity", scores, dict(yscale="log")),
+    ], []
+
+
+# %% Part II. Could it have said no?
+# %% 8. A rival: conjugate gradient
+# Many methods are faster than gradient descent. Conjugate gradient (Hestenes and Stiefel, 1952)
+# is the fastest of all that multiply a vector by S once in each step: after k steps its w is
+# the best of all combinations of b, S b, ..., S^(k-1) b. What it does as well as the network is
+# no evidence for Newton.
+#
+# How? Let it go along a direction p to the lowest point of the error. The next direction is the
+# new residual r' = b - S w, plus c times p, with c such that (r' + c p)^T S p = 0: then the step
+# along it does not undo the one along p. As S p is (r - r') / step_size, and r' is at right
+# angles to r, this gives c = |r'|^2 / |r|^2. (With all earlier directions it is 0 by itself.)
+
+
+def conjugate_gradient(S, b, steps):
+    """Conjugate gradient on S w = b, from w = 0: w after 0, ..., steps, (steps+1, ..., d)."""
+    weights = [torch.zeros_like(b)]
+    residual = direction = b
+    size = first_size = b.square().sum(-1, keepdim=True)  # |residual|^2
+    for _ in range(steps):
+        S_direction = times(S, direction)
+        curvature = (direction * S_direction).sum(-1, keepdim=True)
+        is_rounding = size <= 1e-28 * first_size
+        step_size = torch.where(is_rounding, 0.0, size / curvature)
+        weights.append(weights[-1] + step_size * direction)
+        residual = residual - step_size * S_direction
+        new_size = residual.square().sum(-1, keepdim=True)
+        direction = residual + new_size / size.clamp_min(TINY) * direction
+        size = new_size
+    return torch.stack(weights)
+
+
+# %% What the rival says
+# In `rates`, conjugate gradient starts faster than the network, and then it flattens: from step 3
+# on, a step is worth one of Newton's, a layer more than two. But at d = 5 a step is worth three,
+# as it must find all in five. There one could not tell the two apart.
+
+
+# %% 9. What has each layer found?
+# So far we measured speed, from outside. But *which* directions does a layer find, and in which
+# order? Take the first t = d examples. Along the eigenvectors u of S, the answer is a sum:
+#
+#     w*.x_q  =  sum over u of (w*.u) (u.x_q).
+#
+# Who has found the share f(lambda) along each u answers with the sum of f(lambda) (w*.u) (u.x_q).
+# So take many prompts, sort these parts into bins of lambda/lambda_max, and regress the answers
+# of a layer on the bins: the coefficients are the shares that this layer has found.
+
+
+def spectrum(xs, ys, t):
+    """The first t examples and the query x_{t+1}, along the eigenvectors of S; float64.
+
+    Returns lambda / lambda_max (prompts, d), rising; the eigenvectors, in columns (prompts, d,
+    d); the coordinates of the query, and of the w of least squares (prompts, d)."""
+    X, y = xs[:, :t].double(), ys[:, :t].double()
+    eigenvalues, U = torch.linalg.eigh(X.mT @ X)
+    query = times(U.mT, xs[:, t].double())
+    best = times(U.mT, times(X.mT, y)) / eigenvalues
+    share = eigenvalues / eigenvalues[:, -1:]
+    return share, U, query, best
+
+
+def share_found(answers, share, parts, edges):
+    """The share of w* that answers contain, for each bin of lambda/lambda_max (section 9).
+
+    answers (steps, prompts); share, which is lambda/lambda_max, and parts, (w*.u)(u.x_q), are
+    (prompts, d); edges of the bins (bins+1). Sums the parts of each prompt in each bin, and
+    returns the coefficients of least squares of the answers on these sums: (steps, bins)."""
+    bins = torch.bucketize(share, edges[1:-1])
+    sums = torch.zeros(len(share), len(edges) - 1).double()
+    sums.scatter_add_(1, bins, parts)
+    coefficients = torch.linalg.pinv(sums) @ answers.double().mT
+    return coefficients.mT
+
+
+# The two paths of section 3 differ in the exponent p of lambda: 1 for gradient descent, and for
+# Newton from I/lambda_max; 2 for Newton from alpha S. N is the clock. So look for the p and the
+# N that come closest to the answers of a layer: p tells which path it walks.
+
+
+def path_exponent(answers, share, parts):
+    """The exponent p of the path closest to one step's answers, (prompts,): a number.
+
+    nan if even the closest path explains less than half of the answers."""
+    clocks = 2.0 ** torch.arange(-1, 18, 0.5).double()[:, None, None]
+    distances = {}
+    for p in np.arange(0.3, 3.05, 0.1).round(1):
+        on_path = (path(share, p, clocks) * parts).sum(-1)  # (clocks, prompts)
+        distances[p] = (on_path - answers).square().mean(1).min()
+    p = min(distances, key=distances.get)
+    is_path = distances[p] < answers.square().mean() / 2
+    return float(p) if is_path else math.nan
+
+
+def filters(studies):
+    """What share of w* each layer has found after d examples, and on which path."""
+    found, exponents = [], []
+    edges = torch.logspace(-3, 0, 16).double()
+    for study in studies:
+        d = study.config.d
+        share, _, query, best = spectrum(study.xs, study.ys, d)
+        parts = query * best
+        layers = study.runs["Transformer"][..., d]
+        found.append(share_found(layers, share, parts, edges))
+        later = layers[FIRST_LAYER:]
+        exponents.append([path_exponent(answers, share, parts) for answers in later])
+
+    middles = (edges[1:] * edges[:-1]).sqrt()
+    of_layers = by_layer(found[0], middles, FIRST_LAYER)
+    numbers = range(FIRST_LAYER, len(layers))
+    nearest = {"Transformer": [(numbers, p) for p in exponents]}
+    for name, p in ("gradient descent", 1), ("Newton from alpha S", 2):
+        nearest[name] = [(numbers, [p] * len(numbers))]
+    panels = path_panels(of_layers, of_layers)
+    axes = dict(ylim=(0, 2.5))
+    panels.append(Panel("Exponent of the nearest path", "layer", "p", nearest, axes))
+    on_a_path = [[p for p in of_seed if p > 0] for of_seed in exponents]
+    one_path = Claim(
+        "Layers walk the path of gradient descent (exponent 1), not Fu's Newton's (2)",
+        [float(np.mean(of_seed or math.nan)) for of_seed in on_a_path],
+        "<",
+        1.5,
+    )
+    return panels, [one_path]
+
+
+# %% 10. What does the stream hold?
+# Gradient descent carries a w and improves it. Newton carries an M. Which of them is in the
+# network? Look for it with a *probe*: on some prompts, find the linear map from the state at
+# the query's token to a known vector that errs least; on *other* prompts, see what share of the
+# vector's variance this map explains. 1 is all of it, and 0 is nothing.
+#
+# Which vectors? One can compute the answer x_q^T S^-1 b from either end. From the right: first
+# w = S^-1 b, then w.x_q. From the left: first z = S^-1 x_q, and then z.b, which is the sum over
+# examples of <z, x_i> y_i. That is an attention, with query z, keys x_i and values y_i! So we
+# look for w* and b, and for M_k x_q, with the M_k of both starts. A multiple of x_q itself is
+# no news, so it is taken out beforehand.
+
+
+def probe(states, targets, x_q):
+    """What share of each target the states explain linearly, beyond the multiple of x_q in it.
+
+    states (layers, prompts, width), targets (kinds, prompts, d), x_q (prompts, d). Fitted on
+    three quarters of the prompts and judged on the last. (layers, kinds): 1 is all, 0 nothing."""
+    multiples = (targets * x_q).sum((1, 2), keepdim=True) / x_q.square().sum()
+    fit = len(x_q) * 3 // 4
+    inverse = torch.linalg.pinv(states[:, :fit])
+    shares = []
+    for target in targets - multiples * x_q:
+        maps = inverse @ target[:fit]
+        miss = target[fit:] - states[:, fit:] @ maps
+        unexplained = miss.square().sum((1, 2)) / target[fit:].square().sum()
+        shares.append(1 - unexplained)
+    return torch.stack(shares, dim=1)
+
+
+def query_states(network, xs, ys, t):
+    """The state at x_{t+1}, after t examples: (layers+1, prompts, width+1)."""
+    states = in_parts(network.states, xs[:, : t + 1], ys[:, : t + 1])
+    return states[:, :, -1]
+
+
+def explained(network, xs, ys, t):
+    """Probes into a network after t examples: {target: (layers+1, kinds)}.
+
+    The kinds of M x_q are k = 1, 2, ..."""
+    share, U, query, best = spectrum(xs, ys, t)
+    of_inverse = (
+        query / share
+    )  # S^-1 x_q along the eigenvectors, in units of 1/lambda_max
+    targets = {
+        "M x_q": [of_inverse * path(share, 1, 2.0**k) for k in range(1, 12)],
+        "M x_q, from alpha S": [
+            of_inverse * path(share, 2, 2.0**k) for k in range(1, 18)
+        ],
+        "whitened x_q": [query / (share + 0.01).sqrt()],
+        "w*": [best],
+        "b": [best * share],
+    }
+    states, x_q = query_states(network, xs, ys, t), xs[:, t].double()
+    found = {}
+    for name, kinds in targets.items():
+        found[name] = probe(states, times(U, torch.stack(kinds)), x_q)
+    return found
+
+
+def inside(studies):
+    """Probes at the query: M_k x_q by layer and k, w* and b, and two controls (section 10)."""
+    found = []
+    for study in studies:
+        config, t = study.config, study.config.d
+        xs, ys = fresh_prompts(config, 4000, "probes")
+        generator = random_numbers(config, "random-y")
+        noise = t**0.5 * torch.randn(ys.shape, generator=generator)
+        shares = explained(study.network, xs, ys, t)
+        random = explained(study.network, xs, noise, t)
+        untrained = explained(Transformer(config), xs, ys, t)
+        shares["M x_q, random y"] = random["M x_q"]
+        shares["M x_q, untrained"] = untrained["M x_q"]
+        found.append(shares)
+
+    best = collect([{name: z.amax(1)[1:] for name, z in one.items()} for one in found])
+    inverse, remains = [], []
+    for M_x, random in zip(best["M x_q"], best["M x_q, random y"]):
+        share, layer = M_x.max(0)
+        inverse.append(float(share))
+        remains.append(float(random[layer] / share))
+    rule = [float(torch.cat(pair).max()) for pair in zip(best["w*"], best["b"])]
+    hills = by_layer(found[0]["M x_q"], range(1, 12), first=1)
+    label, axes = "share explained, beyond x_q", dict(ylim=(-0.1, 1))
+    relatives = "M x_q, from alpha S", "whitened x_q"
+    panels = [
+        Panel("M_k x_q, from I/lambda_max", "k, step of Newton", label, hills, axes),
+        Panel(
+            "M x_q, w* and b, and two controls",
+            "layer",
+            label,
+            {name: best[name] for name in best if name not in relatives},
+            axes,
+        ),
+        Panel(
+            "M x_q and its relatives",
+            "layer",
+            label,
+            {name: best[name] for name in ("M x_q", *relatives)},
+            axes,
+        ),
+    ]
+    return panels, [
+        Claim(
+            "M x_q, an inverse applied to the query, can be read in the stream (share)",
+            inverse,
+            ">",
+            0.5,
+        ),
+        Claim(
+            "M x_q is made of x's alone: random y's leave it there (part that remains)",
+            remains,
+            ">",
+            0.9,
+        ),
+        Claim("Neither w* nor b can be read there (share)", rule, "<", 0.1),
+    ]
+
+
+# %% What the probes say
+# The network works from the left. An inverse, approximate and better from layer to layer, is
+# applied to the query, and no w appears. If the network ran gradient descent, w* or b would be
+# seen. Section 14 writes down a network that works from the left, exactly.
+#
+# What the probe cannot tell. First, which relative of M x_q it is: the whitened query,
+# S^(-1/2) x_q, is read about as well, and so is the query as GD++ transforms it (section 15).
+# Second, that w* is nowhere: we looked for linear maps, at the query. At d = 4, Akyurek et al.
+# (arXiv 2211.15661) do recover w and X^T y, with nonlinear probes that pool over tokens.
+
+
+# %% 11. The error that is noise
+# After all n examples the last layer still errs. Has it not converged yet? That would be a
+# property of the problem. So change what should not matter: take the examples in another order,
+# rotate all x's, flip the sign of all y's. Newton, gradient descent and conjugate gradient do
+# not notice. Collect the answers on such copies of a prompt, and take their mean: what vanishes
+# was noise of the network.
+
+
+def averaged_errors(study, t, copies=8):
+    """Squared error / d after t examples of the mean answer over such copies: (layers+1,).
+
+    Two means over different copies are multiplied, not one squared. So noise that is left in
+    them adds nothing on average, even with few copies."""
+    generator = random_numbers(study.config, "copies")
+    prompts, d = len(study.xs), study.config.d
+    row = torch.arange(prompts)[:, None]
+    errors = []
+    for sign in [1, -1] * (copies // 2):
+        order = torch.rand(prompts, t, generator=generator).argsort(1)
+        order = F.pad(order, (0, 1), value=t)  # the query stays the last
+        directions = torch.randn(prompts, d, d, generator=generator)
+        rotation = torch.linalg.qr(directions).Q
+        xs, ys = study.xs[row, order] @ rotation, sign * study.ys[row, order]
+        answers = sign * in_parts(study.layers, xs, ys)[..., t]
+        errors.append(answers - study.ys[:, t])
+    half, other = torch.stack(errors).chunk(2)
+    return (half.mean(0) * other.mean(0)).mean(1) / d
+
+
+# %% 12. The best of all methods with fixed steps
+# The last rival is a whole family. Let a method multiply by S once in each step, with step sizes
+# (and a momentum, if it likes) that are fixed beforehand, in units of 1/lambda_max. For example,
+# two steps of gradient descent with step sizes p and q, from w = 0:
+#
+#     w_1  =  p b,        w_2  =  w_1 - q (S w_1 - b)  =  (p + q) b - p q S b.
+#
+# Whatever p and q are, this is a number times b plus a number times S b. After D steps, it is a
+# polynomial of degree D-1 in S, the same for all prompts, times b. So we need not try them one
+# by one. Least squares finds the polynomial that errs least on many prompts, and no such method
+# errs less after D steps. If layer D does, the network runs none of them.
+#
+# (Conjugate gradient is not among them, since it finds its step sizes on the prompt. Nor are
+# methods that use single examples rather than S.)
+
+
+def best_fixed_steps(study, t, steps=24):
+    """Error / d after t examples of the best method of 0, 1, ..., `steps` steps: (steps+1,).
+
+    A feature for each power of S. But powers are nearly parallel, so Chebyshev's polynomials
+    take their place: the first j of them are made of the first j powers."""
+    fitting = fresh_prompts(study.config, 10_000, "polynomials")
+    features = []
+    for xs, ys in fitting, (study.xs, study.ys):
+        share, _, query, best = spectrum(xs, ys, t)
+        polynomials = torch.from_numpy(chebvander(2 * share - 1, steps - 1))
+        features.append(times(polynomials.mT, query * best * share))
+    fit, judge = features
+    errors = []
+    for count in range(steps + 1):
+        inverse = torch.linalg.pinv(fit[:, :count])
+        coefficients = inverse @ fitting[1][:, t].double()
+        miss = judge[:, :count] @ coefficients - study.ys[:, t]
+        errors.append(miss.square().mean() / study.config.d)
+    return torch.stack(errors)
+
+
+def error_panel(title, studies, t, more={}, **axes):
+    """Squared error against layer or step: a curve for each learner, and `more`."""
+    curves = {}
+    for learner in "Newton", "gradient descent", "conjugate gradient", "Transformer":
+        curves[learner] = [study.error_curve(learner, t) for study in studies]
+    axes = dict(yscale="log", ylim=(1e-6, 2)) | axes
+    return Panel(title, "layer, or step", "squared error / d", curves | more, axes)
+
+
+def convergence(studies):
+    """Fu, figure 2: squared error against layer or step, after n and after d examples."""
+    config, panels = studies[0].config, []
+    for t in config.n, config.d:
+        averaged = [averaged_errors(study, t) for study in studies]
+        fixed = [best_fixed_steps(study, t) for study in studies]
+        last = [study.last_error(t) for study in studies]
+        more = {
+            "Transformer, averaged": [(range(len(z)), z) for z in averaged],
+            "best fixed steps": [(range(len(z)), z) for z in fixed],
+        }
+        panels.append(
+            error_panel(f"After {t} examples", studies, t, more, xlim=(0, 24))
+        )
+        if t == config.n:
+            noise = [1 - float(z[-1]) / error for z, error in zip(averaged, last)]
+    rival = [float(errors[config.layers]) for errors in fixed]
+    return panels, [
+        Claim(
+            "After d examples the last layer errs less than as many steps of any fixed sizes",
+            last,
+            "<",
+            rival,
+        ),
+        Claim(
+            "After n examples most of the last layer's error is noise of the network (part)",
+            noise,
+            ">",
+            0.5,
+        ),
+    ]
+
+
+# %% 13. Other data
+# First, ill-conditioned data: kappa = 100. The network goes on from its weights at kappa = 1 for
+# a few hundred steps of training. For the same error, gradient descent may now need 100 times
+# the steps, and Newton 2 log2(100) = 13 more.
+#
+# Data that it was never trained on are another matter, see README: Newton and gradient descent
+# do not care if w* is three times as large, and have it *easier* if all x's lie in few of the d
+# dimensions. The network does care, and has it harder.
+
+
+def equal_error(error, steps, errors):
+    """After how many steps a method errs as little, with log error taken as linear in between.
+
+    If it errs 1, .1, .01 after 0, 1, 2 steps, then an error of .03 is worth 1.52 steps."""
+    lowest = np.minimum.accumulate(np.maximum(np.array(errors), TINY))
+    return float(np.interp(-np.log(error), -np.log(lowest), steps))
+
+
+def conditioning(studies):
+    """Fu, figures 4, 16: errors at kappa = 1 (first half of the studies) and at 100."""
+    half, panels = len(studies) // 2, []
+    for at_kappa in studies[:half], studies[half:]:
+        config, worth = at_kappa[0].config, []
+        for study in at_kappa:
+            newton_curve = study.error_curve("Newton", config.n)
+            worth.append(equal_error(study.last_error(config.n), *newton_curve))
+        title = f"kappa = {config.kappa:g}: as Newton after {np.mean(worth):.0f} steps"
+        axes = dict(xscale="symlog", xlim=(0, 1e4))
+        panels.append(error_panel(title, at_kappa, config.n, **axes))
+    return panels, []
+
+
+# %% What we found
+# 1. Speed. The paper is right. A layer is worth two to three steps of Fu's Newton, more than a
+#    step of conjugate gradient. After d examples the last layer errs less than any method can
+#    that takes as many steps of fixed sizes.
+# 2. The path. "Like Newton" and "not like gradient descent" are no opposites: from I/lambda_max
+#    the two walk one path, by two clocks. The layers are on this path, not on that of Fu's start.
+#    So the last layer is as similar to gradient descent after 128 or 256 steps as to Newton.
+# 3. Inside. An inverse applied to the query can be read, made of x's alone. No w* can.
+# 4. Precision. After n examples most of the last layer's error is noise of the network. It
+#    vanishes in the mean over copies of the prompt that should not matter.
+# 5. Is it Newton, then? It has Newton's speed, and an inverse as Newton has. It is not exact: not
+#    free of scale, and worst on prompts that are easiest for Newton (see README). And others
+#    pass: ridge regression whose ridge shrinks from layer to layer, and GD++ (section 15).
+
+
+# %% Part III. Theory that runs
+# %% 14. Newton's weights, written by hand (Fu, theorem 5.1)
+# Can attention run Newton at all? Here is a network that does, exactly. An example is one token
+# [M x_j ; x_j ; y_j], where M is Newton's guess. At first M = I/lambda_max, so this is
+# [x_j / lambda_max ; x_j ; y_j]. In each layer, every token [M x ; x ; y] does two things:
+#
+#     attention   the query M x, keys x_j and values -1/2 M x_j add to its top block
+#                 -1/2 sum over j of M x_j <x_j, M x>  =  -1/2 M S M x.
+#     MLP         doubles the top block: it is now 2 M x - M S M x.
+#
+# This is one step of Newton, in one layer. At the end, the token of the query, whose y is empty,
+# collects its answer with one more attention: the sum of y_j <M x_j, x_q>, which is b^T M x_q.
+#
+# Attention has ReLU here, not softmax. Two heads make it linear: ReLU(s) - ReLU(-s) = s. The
+# price: all prompts share one M_0, and each example must see all others. The causal mask of our
+# Transformer forbids that. (What differs from Fu's proof stands in README, under corrections.)
+
+
+def relu_attention(h, heads, mask):
+    """h_t + the sum over heads (Q, K, V) and j of mask[j] ReLU(<Q h_t, K h_j>) V h_j, all t.
+
+    h is (..., tokens, width); mask (tokens,) is 1 for examples and 0 for the query."""
+    added = 0
+    for Q, K, V in heads:
+        scores = (h @ Q.mT) @ (h @ K.mT).mT
+        weights = mask * scores.relu()
+        added = added + weights @ (h @ V.mT)
+    return h + added
+
+
+def token_blocks(d):
+    """Matrices that read M x, x and y of a token: (d, 2d+1), (d, 2d+1), (1, 2d+1), float64.
+
+    Transposed, they write into these blocks."""
+    return torch.eye(2 * d + 1, dtype=torch.float64).split([d, d, 1])
+
+
+def linear_heads(Q, K, V):
+    """Two ReLU heads that add the sum of <Q h_t, K h_j> V h_j, without ReLU."""
+    return [(Q, K, V), (-Q, K, -V)]
+
+
+def newton_layer(d):
+    """The weights of one step of Newton: [M x ; x ; y] becomes [2 M x - M S M x ; x ; y].
+
+    First the attention, two heads (Q (d, 2d+1), K (d, 2d+1), V (2d+1, 2d+1)); then the MLP,
+    (up (2d, 2d+1), down (2d+1, 2d)), which adds down ReLU(up h) to h. All float64."""
+    M_x, x, _ = token_blocks(d)
+    heads = linear_heads(Q=M_x, K=x, V=-0.5 * M_x.mT @ M_x)
+    up = torch.cat([M_x, -M_x])
+    return heads, (up, up.mT)
+
+
+def newton_by_hand(xs, ys, steps, scale):
+    """The hand-written network's answers to the last query, after 0, ..., steps: (steps+1, P).
+
+    xs (P, n+1, d) and ys (P, n+1) are float64. M_0 is scale times I for all prompts."""
+    d = xs.shape[-1]
+    M_x, x, y = token_blocks(d)
+    heads, (up, down) = newton_layer(d)
+    collect_answer = linear_heads(Q=x, K=M_x, V=y.mT @ y)
+    is_example = torch.ones(xs.shape[1]).double()
+    is_example[-1] = 0
+    h = torch.cat([scale * xs, xs, (is_example * ys)[..., None]], dim=-1)
+    answers = []
+    for _ in range(steps + 1):
+        answered = relu_attention(h, collect_answer, is_example)
+        answers.append(answered[:, -1, -1])
+        h = relu_attention(h, heads, is_example)
+        h = h + (h @ up.mT).relu() @ down.mT
+    return torch.stack(answers)
+
+
+# %% 15. Linear attention: gradient descent, and more (Ahn et al., arXiv 2306.00297)
+# Drop the softmax. The tokens are [x_j ; y_j], and a layer rewrites the y of every token t:
+#
+#     y_t  <-  y_t - (a/n) sum of y_j <x_j, x_t> over the examples j.
+#
+# Now y_j of the examples is a residual, y_j - w.x_j, and y of the query is -w.x_q, for a w that
+# stands in no token. It moves by a step of gradient descent with step size a/n (Ahn, lemma 1).
+# So L layers are L steps of fixed sizes, and section 12 tells how little they can do. (In Ahn's
+# general layer a matrix A takes the place of a. If all directions are alike, A = a I.)
+#
+# But let the layer rewrite the x's as well: x_t <- x_t - (g/n) sum of x_j <x_j, x_t>. This is
+# GD++ (von Oswald et al., arXiv 2212.07677). It shrinks the x's most along the largest
+# eigenvalues. So S is better conditioned in each layer, and gradient descent on it is faster.
+# Along an eigenvector of S/n with eigenvalue lambda, let `left` be what is left of the x's:
+#
+#     missing  <-  missing (1 - a left^2 lambda),        left  <-  left (1 - g left^2 lambda).
+#
+# So the network is two numbers a layer, and to train it one needs eigenvalues, no prompts.
+
+
+def shares_missing(eigenvalues, numbers):
+    """Share of w* missing after 0, ..., L layers of numbers a and g, (2, L): (L+1, ...).
+
+    eigenvalues are those of S/n, (...)."""
+    left = torch.ones_like(eigenvalues)
+    missing = [left]
+    for a, g in numbers.T:
+        seen = left.square() * eigenvalues
+        missing.append(missing[-1] * (1 - a * seen))
+        left = left * (1 - g * seen)
+    return torch.stack(missing)
+
+
+def train_linear_attention(eigenvalues, layers, rewrites, steps=300):
+    """Train the numbers a and g of each layer, (2, layers). If it `rewrites` no x, g is 0.
+
+    Adam on the logarithm of the last layer's squared error."""
+    low, high = eigenvalues.min(), eigenvalues.max()
+    spread = torch.linspace(low, high, layers + 2)[1:-1]
+    numbers = torch.stack([1 / spread, torch.full_like(spread, 0.1)])
+    numbers.requires_grad_()
+    used = torch.tensor([[1], [rewrites]])
+    optimizer = torch.optim.Adam([numbers], lr=0.02)
+    for _ in range(steps):
+        missing = shares_missing(eigenvalues, numbers * used)
+        loss = missing[-1].square().mean().log()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return (numbers * used).detach()
+
+
+def optimal_preconditioner(Sigma, n):
+    """The A (d, d) with which one layer, answering b^T A x_q / n, errs least (Ahn, theorem 1).
+
+    For n examples and a query from N(0, Sigma), and w* ~ N(0, I). A has Sigma's eigenvectors."""
+    # The expected error is quadratic in A, and E S^2 = n (n+1) Sigma^2 + n trace(Sigma) Sigma.
+    # So A is n times the inverse of (n+1) Sigma + trace(Sigma) I.
+    identity = torch.eye(len(Sigma)).to(Sigma)
+    return n * torch.linalg.inv((n + 1) * Sigma + Sigma.trace() * identity)
+
+
+def linear_attention(studies):
+    """Error against layers of the networks of sections 14 and 15, beside Newton's and ours."""
+    first, layers = studies[0], studies[0].config.layers
+    n, d = first.config.n, first.config.d
+    curves = {"best fixed steps": [(range(25), best_fixed_steps(first, n))]}
+
+    generator = random_numbers(first.config, "polynomials")
+    xs, _ = sample_prompts(1000, n - 1, d, generator=generator)
+    eigenvalues = torch.linalg.eigvalsh(xs.mT @ xs / n).double()
+    train_on, judge_on = eigenvalues.split(500)
+    for name, rewrites in ("linear attention, y alone", 0), ("GD++", 1):
+        errors = []
+        for depth in range(1, layers + 1):
+            numbers = train_linear_attention(train_on, depth, rewrites)
+            missing = shares_missing(judge_on, numbers)[-1]
+            errors.append(float(missing.square().mean()))
+        curves[name] = [errors]
+    (y_alone,), (gd_plus_plus,) = curves["linear attention, y alone"], curves["GD++"]
+    theory = 1 - float(optimal_preconditioner(torch.eye(d), n)[0, 0])
+
+    xs, ys = first.xs.double(), first.ys.double()
+    scale = (
+        1 / xs.square().sum((1, 2)).max()
+    )  # one over a trace, which is above lambda_max
+    start = scale * torch.eye(d).double()
+    method = method_as_learner(lambda S, b: newton(S, b, 24, start))
+    by_hand = newton_by_hand(xs, ys, 24, scale)
+    difference = (by_hand - method(xs, ys)[..., -1]).abs().max()
+    errors = (by_hand - ys[:, -1]).square().mean(1) / d
+    curves["network by hand"] = [(range(25), errors)]
+
+    numbers = range(1, layers + 1)
+    worth = [
+        equal_error(study.last_error(n), numbers, gd_plus_plus) for study in studies
+    ]
+    title = (
+        f"GD++ errs as the Transformer's last layer after {np.mean(worth):.1f} layers"
+    )
+    return [error_panel(title, studies, n, curves, xlim=(0, 16))], [
+        Claim(
+            "Thm. 5.1: a network with weights written by hand runs Newton (difference)",
+            [float(difference)],
+            "<",
+            1e-6,
+        ),
+        Claim(
+            "Ahn, thm. 1: one trained layer errs as the theory predicts (difference)",
+            [abs(y_alone[0] / theory - 1)],
+            "<",
+            0.03,
+        ),
+    ]
+
+
+# %% What GD++ says
+# With the x's rewritten, half as many layers do what our Transformer does. And if a layer also
+# rescales its x's, x <- (3 x - S x) / 2 with S in units of lambda_max, then two fixed numbers are
+# enough. This is the iteration of Newton and Schulz for S^(-1/2). In the place of our layers 1 to
+# 8 it matches Newton's steps 2 5 7 10 12 14 17 19, and the tests show that it passes all our
+# claims of speed and path. So these do not say "Newton's inverse". They say: from layer to layer
+# S becomes better conditioned, at one pace.
+
+
+# %% 16. Softmax attention learns in stages (Huang et al., arXiv 2310.05249)
+# How does such a layer come to be? Let each x be one of K features, v_j with probability p_j,
+# and its answer w.v_j. In a long prompt feature j makes up the share p_j. One layer of softmax
+# attention with a matrix Q averages the answers. For a query of feature k,
+#
+#     answer  =  sum over j of a_j w.v_j,      a_j proportional to p_j exp(Q[j,k]).
+#
+# Its expected loss is 1/2 [(1 - a_k)^2 + sum over j != k of a_j^2]. Gradient descent starts at
+# Q = 0. If all p_j are equal, all features are learned together. If p_1 = 1/2, then feature 1 is
+# learned first; for the others, the attention on feature 1 has to fall before theirs can grow.
+
+
+def train_attention(p, steps, step_size=2.0):
+    """Gradient descent on Q (K, K), each query k weighted by p_k: losses of queries (steps, K).
+
+    p (K,) are the probabilities of the features."""
+    identity = torch.eye(len(p))
+    Q = torch.zeros_like(identity, requires_grad=True)
+    losses = []
+    for _ in range(steps):
+        attention = (p.log()[:, None] + Q).softmax(0)  # [feature, query]
+        of_queries = (attention - identity).square().sum(0) / 2
+        (gradient,) = torch.autograd.grad(p @ of_queries, Q)
+        Q.data -= step_size * gradient
+        losses.append(of_queries.detach())
+    return torch.stack(losses)
+
+
+def stages():
+    """Huang, section 3: balanced features are learned together, a dominant one first."""
+    panels, axes = [], dict(xscale="log", yscale="log")
+    for title, p_1 in (
+        ("16 features, all p = 1/16", 1 / 16),
+        ("Feature 1 has p = 1/2", 1 / 2),
+    ):
+        others = (1 - p_1) / 15
+        losses = train_attention(torch.tensor([p_1] + [others] * 15), 3000)
+        curves = {
+            "queries for feature 1": [losses[:, 0]],
+            "queries for the others": [losses[:, 1]],
+        }
+        panels.append(Panel(title, "training step", "loss", curves, axes))
+    # For how many steps is each loss above a tenth of its start? (The last one: p_1 = 1/2.)
+    steps = (losses > losses[0] / 10).sum(0)
+    later = Claim(
+        "Huang: beside a dominant feature, the others are learned later (times)",
+        [float(steps[1] / steps[0])],
+        ">",
+        5,
+    )
+    return panels, [later]
+
+
+# %% Part IV. Machinery
+# %% 17. Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting, and its flag: --d 20. ValueError for settings that cannot work.
+
+    d, n         dimension of x and of w*; examples in a prompt, at least d + 2
+    kappa        condition number of Sigma (Fu: 1 and 100)
+    noise        standard deviation of the noise on y (Fu: 0 and .1)
+    layers       layers of the Transformer
+    width        width of its residual stream
+    heads        attention heads; width / heads must be even
+    steps        training steps; 0 leaves the network untrained
+    tuning       further training steps at kappa, if it is above 1
+    batch        fresh prompts in each training step, a multiple of 4
+    curriculum   training steps for each new dimension; 0 takes all at once
+    seed, seeds  the first network's seed, and how many networks, with the next seeds
+    prompts      prompts on which learners are compared
+    figures      which figures, separated by commas
+    out          folder for pictures and numbers"""
+
+    d: int = 20
+    n: int = 40
+    kappa: float = 1.0
+    noise: float = 0.0
+    layers: int = 8
+    width: int = 64
+    heads: int = 2
+    steps: int = 2000
+    tuning: int = 750
+    batch: int = 96
+    curriculum: int = 12
+    seed: int = 1
+    seeds: int = 1
+    prompts: int = 640
+    figures: str = "all"
+    out: str = "figures"
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            given, least = getattr(self, field.name), LEAST.get(field.name, 0)
+            try:  # what is given may be text, a Path, or a number of numpy's
+                value = field.type(given)
+                works = (
+                    field.type is str or value == float(given) and least <= value < 1e9
+                )
+            except (TypeError, ValueError):
+                works = False
+            check(
+                works,
+                f"--{field.name} {given}: not {field.type.__name__} from {least} up",
+            )
+            object.__setattr__(self, field.name, value)
+
+        grown = self.curriculum * (self.d - 2)
+        names = {"all", *EXPERIMENTS}
+        wanted = self.figures.split(",")
+        check(
+            names.issuperset(wanted), f"--figures {wanted}: not among {','.join(names)}"
+        )
+        check(self.n >= self.d + 2, f"--n {self.n}: at least d + 2")
+        check(self.width % (2 * self.heads) == 0, "--heads: width / heads must be even")
+        check(self.batch % 4 == 0, f"--batch {self.batch}: a multiple of 4")
+        check(
+            self.steps == 0 or self.steps > grown,
+            f"--steps: 0, or above {grown} (curriculum)",
+        )
+
+
+LEAST = dict(
+    d=5, kappa=1, layers=4, width=2, heads=1, batch=4, seeds=1, prompts=64
+)  # of others, 0
+
+
+def check(works, message):
+    """ValueError with this message, unless it works."""
+    if not works:
+        raise ValueError(message)
+
+
+SMALL = dict(d=5, n=10, batch=64, curriculum=0)
+PRESETS = {  # each writes into a folder of its own, figures/quick and so on
+    "quick": SMALL
+    | dict(
+        width=32, layers=6, steps=1500, prompts=256, figures="paths,rates,convergence"
+    ),
+    "small": SMALL | dict(width=40, steps=5000, prompts=2048),
+    "long": dict(steps=8000, tuning=2000),
+    "paper": dict(layers=12, width=256, heads=8, steps=12_000, batch=256),
+}
+
+
+# %% 18. Optimizers, and why the loss has a root
+# Section 5's loss is the mean over t of sqrt(m_t), where m_t is the mean of |error|^1.5 after t
+# examples. The gradient of sqrt(m) is m' / (2 sqrt(m)): each prefix is divided by the size of its
+# own error. So an error of a thousandth counts as much as any other. And the power is 1.5, not
+# 2, because a few unlucky prompts would drown the rest with their squares.
+#
+# Muon (Keller Jordan, 2024) looks at the gradient of a weight matrix as U diag(s) V^T, and takes
+# a step along U V^T: all directions are learned at one speed. It needs no decomposition. X <-
+# a X + b X X^T X + c X (X^T X)^2 leaves U and V as they are, and moves each s to a s + b s^3 +
+# c s^5. With Jordan's a, b, c, five steps take s = .01 to .034, .118, .40, 1.09 and .70. That is
+# near enough to 1. (It is a relative of Newton's iteration.)
+
 
 def orthogonalize(G):
-    """Roughly the nearest matrix with orthonormal columns to each of (..., m, n), m >= n."""
+    """Nearly U V^T of each G = U diag(s) V^T, (..., m, n) with m >= n."""
     X = F.normalize(G, dim=(-2, -1), eps=1e-7)
     for _ in range(5):
         gram = X.mT @ X
@@ -342,717 +1479,374 @@ def orthogonalize(G):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, for stacks of matrices (torch's own takes single ones)."""
+    """Momentum, orthogonalized, for stacks of matrices. (Torch's own takes single ones.)"""
 
     @torch.no_grad()
     def step(self):
-        """One update, of the size of AdamW's: entries of about 0.2 lr (Liu et al., 2025)."""
+        """One update, as large as AdamW's: entries of about 0.2 lr (Liu et al., 2025)."""
         for group in self.param_groups:
             for p in group["params"]:
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalize(p.grad.lerp(average, group["momentum"]))
-                p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape[-2:]) ** 0.5)
+                size = 0.2 * max(p.shape[-2:]) ** 0.5
+                p.sub_(update, alpha=group["lr"] * size)
 
 
 def make_optimizers(model, config):
-    """Adam, and Muon for the stacks of matrices; or the paper's Adam alone."""
-    muon_lr = config.muon_lr / (2 if config.kappa > 1 else 1)
-    if config.recipe == "fu":
-        return [torch.optim.Adam(model.parameters(), 1e-4)]
+    """Muon for the layers' matrices, Adam for the rest. At kappa > 1, Muon steps half as far."""
+    muon_lr = 0.018 if config.kappa == 1 else 0.009
     rest = [model.read_in, model.positions, model.read_out]
-    return [torch.optim.Adam(rest, 0.005, (0.9, 0.99)),
-            Muon([model.attention, model.mlp], dict(lr=muon_lr, momentum=0.9))]
+    return [
+        torch.optim.Adam(rest, lr=0.005, betas=(0.9, 0.99)),
+        Muon([model.attention, model.mlp], dict(lr=muon_lr, momentum=0.9)),
+    ]
 
 
-def gradients(model, recipe, xs, ys):
-    """The errors (P, n+1) on some prompts, and their loss's gradient for each parameter."""
-    error = model(xs, ys) - ys
-    power, root = (2, 1) if recipe == "fu" else (1.5, 0.5)
-    loss = error.abs().clamp_min(TINY).pow(power).mean(0).pow(root).mean()
-    return error.detach(), torch.autograd.grad(loss, list(model.parameters()))
+# %% 19. Files, and training with them
+# A kill at any moment leaves the old file or the new one, never half of one.
 
 
-def training_step(model, optimizers, config, step, generator):
-    """One step on fresh prompts. Returns their errors (batch, n+1), on the device."""
-    d = min(2 + step // config.curriculum, config.d) if config.curriculum else config.d
-    n = config.n if d == config.d else min(2 * d + 2, config.n)
-    xs, ys = sample_prompts(config.batch, n, d, config.kappa, config.noise, generator)
-    # Inactive dimensions are 0. A GPU takes the batch whole.
-    parts = [z.chunk(1 if xs.is_cuda else 4) for z in (F.pad(xs, (0, config.d - d)), ys)]
-    errors, grads = zip(*THREADS.map(functools.partial(gradients, model, config.recipe), *parts))
-    for p, *of_parts in zip(model.parameters(), *grads):
-        p.grad = sum(len(e) * grad for e, grad in zip(errors, of_parts)) / len(ys)
-    rise, fall = (step + 1) / 100, 2 * (1 - step / config.steps)
-    factor = 1 if config.recipe == "fu" else min(rise, 1, fall)
-    for optimizer in optimizers:
-        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
-        optimizer.step()
-    return torch.cat(errors)
-
-
-def train(config):
-    """The trained network of `config`; a killed run goes on at its checkpoint, bit for bit.
-
-    At kappa > 1 the network of kappa = 1 goes on, for `tuning` steps, Muon's half as large.
-    FloatingPointError: errors are not finite; ValueError: a damaged checkpoint."""
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    torch.manual_seed(config.seed)
-    model = Transformer(config).to(device)
-    if config.kappa > 1:
-        model.load_state_dict(train(dataclasses.replace(config, kappa=1.0)).state_dict())
-        config = dataclasses.replace(config, curriculum=0, steps=config.tuning)
-    if config.steps == 0:
-        return model.requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    optimizers = make_optimizers(model, config)
-    checkpoint = Checkpoint(config, model, optimizers, generator)  # section 16
-    first, start = checkpoint.restore(), time.perf_counter()
-    for done in range(first + 1, config.steps + 1):
-        error = training_step(model, optimizers, config, done - 1, generator)
-        if done % 250 == 0 or done == config.steps:
-            if not error.isfinite().all():
-                raise FloatingPointError(f"errors are not finite at step {done}")
-            left = (time.perf_counter() - start) / (done - first) * (config.steps - done)
-            last, n = error[:, -1].square().mean() / config.d, error.shape[1] - 1
-            print(f"  step {done}: error / d {last:.4f}, t = {n}; {left:.0f} s left", flush=True)
-            checkpoint.save(done)
-    return model.requires_grad_(False)
-
-
-# %% 6. What does each layer know? (Fu, section 4.1)
-# Fit, for every layer of the frozen network, the best linear readout of its state, on prompts
-# other than those that judge, and so many that the fit's own error is below the layer's.
-
-def least_squares_readout(H, y):
-    """The r of least ||H r - y||, float64: H (..., samples, width), y (samples,) -> (..., width).
-
-    The shortest of them, since a layer leaves directions of its state unused."""
-    return ols(H.mT @ H, times(H.mT, y))
-
-
-@torch.no_grad()
-def read_layers(model, fitting, prompts):
-    """The layers as a trajectory on `prompts`, (L+1, prompts, n+1); step 0 is the embedding.
-
-    fitting, prompts: pairs (xs, ys). One readout a layer, for all t, is fitted on the first."""
-    pairs = [[z.to(model.read_out.device) for z in pair] for pair in (fitting, prompts)]
-    states = [side_by_side(model.states, *pair).double().cpu() for pair in pairs]
-    H, judged = (F.pad(z, (0, 1), value=1.0) for z in states)  # and a constant 1: W+1
-    readouts = least_squares_readout(H.flatten(1, 2), fitting[1].double().flatten())
-    return torch.einsum("lptw,lw->lpt", judged, readouts)
-
-
-# How many steps an entry of a method's trajectory stands for; a network's: 0, 1, 2, ...
-STEPS = {"Newton": range(33), "CG": range(25), "GD": [0, *(2**k for k in range(17))]}
-
-
-@functools.cache
-def study(config):
-    """A trained network and the methods on the same fresh prompts xs, ys.
-
-    runs: {learner: its trajectory, at STEPS}; least_squares: its predictions."""
-    fitting = fresh_prompts(config, 4 * config.prompts, purpose=1)
-    xs, ys = fresh_prompts(config, config.prompts, purpose=2)
-    S, b = prefix_moments(xs, ys, ridge=config.noise**2)
-    iterate = functools.partial(newton, steps=STEPS["Newton"][-1])
-    runs = {"Newton": predict(side_by_side(iterate, S, b), xs),
-            "GD": predict(gradient_descent_after(S, b, STEPS["GD"]), xs),
-            "CG": predict(conjugate_gradient(S, b, STEPS["CG"][-1]), xs),
-            "Transformer": read_layers(train(config), fitting, (xs, ys))}
-    return SimpleNamespace(xs=xs, ys=ys, runs=runs, least_squares=predict(ols(S, b), xs))
-
-
-# %% 7. Two rulers
-# How many steps of Newton is a layer worth? *Similarity* asks which step has the most similar
-# errors: the cosine between the vectors of errors that two learners make on a prompt, over t =
-# 1..n. (The authors: from t = 0.) *Equal error* asks after how many steps Newton errs
-# as little as the layer. Any learner can stand in the layer's place, and a known one should:
-# Newton must give 0, 1, 2.
-
-def similarity_of_errors(traj_a, traj_b, ys):
-    """Fu's SimE: cosines of prediction - y over t = 1..n, averaged over prompts, in float64.
-
-    (A, prompts, n+1), (B, prompts, n+1) -> (A, B), all pairs of steps; zero errors score 0."""
-    a, b = (F.normalize((z.double() - ys)[..., 1:], dim=-1) for z in (traj_a, traj_b))
-    return torch.einsum("apt,bpt->ab", a, b) / ys.shape[0]
-
-
-def equal_error_steps(errors, counts, run_errors):
-    """After how many steps a run errs as little: errors (A,), counts, run_errors (B,) -> (A,).
-
-    Log error is taken to be linear between steps that lower it. At most the run's last step."""
-    wanted, gained = (-z.clamp_min(TINY).log() for z in (errors, run_errors))
-    reached, first = np.unique(gained.cummax(0).values, return_index=True)
-    return np.interp(wanted, reached, np.array(counts)[first])
-
-
-# Rates are measured from layer 3 on: the first two gather y's to x's. (The paper's: layers 3 to
-# 9, before its plateau.) Two shapes compete: a line, steps = a + b l, and an exponential, log2
-# steps = a + b l. R^2, the share of variance that a fit explains, says which is straighter. CG's
-# steps 1 to 8 pass both tests: a shape alone is no evidence.
-
-FIRST_LAYER = 3
-
-
-def line_fit(steps, first=FIRST_LAYER):
-    """Slope and R^2 (0 if all are equal) of the line through steps (L,), layers `first` to L."""
-    y = np.asarray(steps, dtype=float)[first - 1 :]
-    x = np.arange(len(y)) - (len(y) - 1) / 2  # centred
-    slope = x @ y / max(x @ x, TINY)
-    return slope, slope**2 * x.var() / max(y.var(), 1e-12)
-
-
-def doublings(steps):
-    """log2 of numbers of steps; less than one step counts as one."""
-    return np.log2(np.maximum(steps, 1))
-
-
-# %% 8. The paper's figures
-# An experiment, called once a seed, draws by `curve` into panels that all seeds share (`sheet`,
-# section 15). It returns the panels; a headline with {gaps}; and numbers for these gaps and the
-# claims (section 14): {key: measured, or (measured, what it must beat)}.
-
-PAPER = (  # Fu's Transformer (d = 20, n = 40): best matches of layers 1..12, figures 8 and 10
-    [1, 1, 2, 5, 8, 10, 14, 16, 20, 20, 21, 21],  # steps of Newton, then of GD
-    [1, 1, 4, 8, 32, 64, 256, 512, 1024, 4096, 4096, 4096])
-
-
-def learning_curves(config, t, ax=None):
-    """Squared errors after t examples, {learner: (steps,)}; ax is a panel to draw them in."""
-    s = study(config)
-    curves = {k: (run[..., t] - s.ys[:, t]).square().mean(1) for k, run in s.runs.items()}
-    if ax:
-        for name, errors in curves.items():
-            curve(ax, name, errors / config.d, STEPS.get(name, range(len(errors))))
-    return curves
-
-
-def compared(config, learner):
-    """The steps of a learner that are compared: 1..L; CG's end before d, where it is exact."""
-    return slice(1, min(config.layers + 1, config.d) if learner == "CG" else config.layers + 1)
-
-
-def climb(config, learner):
-    """What a learner's compared steps match, three arrays.
-
-    Steps of Newton and of GD by similarity, steps of Newton by equal error after n examples."""
-    s, curves, own = study(config), learning_curves(config, config.n), compared(config, learner)
-    to_newton = similarity_of_errors(s.runs[learner][own], s.runs["Newton"], s.ys).argmax(1)
-    to_gd = similarity_of_errors(s.runs[learner][own], s.runs["GD"], s.ys).argmax(1)
-    equal = equal_error_steps(curves[learner][own], STEPS["Newton"], curves["Newton"])
-    return to_newton.numpy(), np.take(STEPS["GD"], to_gd), equal
-
-
-def rates(config, sheet):
-    """Fu, figures 3, 8, 10: the steps of Newton and GD that layers match; CG is the control."""
-    axes = sheet("errors like which Newton step's?", "like which GD step's?",
-                 "as small as which Newton step's?", xlabel="layer or step", ylabel="step")
-    axes[1].set_yscale("symlog", linthresh=1)
-    climbs = {name: climb(config, name) for name in ("Newton", "CG", "Transformer")}
-    for name, matched in [*climbs.items(), ("Fu's Transformer", PAPER)]:
-        for ax, steps in zip(axes, matched):
-            curve(ax, name, steps)
-    to_newton, to_gd, equal = climbs["Transformer"]
-    cg, _, cg_equal = climbs["CG"]
-    title = "A layer climbs {newton_rate[0]:.1f} Newton steps (a step of CG {newton_rate[1]:.1f})"
-    return axes, title + "; by error size after n {equal_rate[0]:.1f} (CG {equal_rate[1]:.1f})", {
-        "newton_rate": (line_fit(to_newton)[0], line_fit(cg, 1)[0]),
-        "equal_rate": (line_fit(equal)[0], line_fit(cg_equal, 1)[0]),
-        "newton_line": (line_fit(to_newton)[1], line_fit(doublings(to_newton))[1]),
-        "gd_exponential": (line_fit(doublings(to_gd))[1], line_fit(to_gd)[1]),
-        "newton_steps": to_newton, "gd_steps": to_gd}
-
-
-def convergence(config, sheet):
-    """Fu, figure 2: squared error of all four learners, against the layer or step."""
-    axes = sheet(f"after all {config.n} examples", f"after d + 2 = {config.d + 2}", yscale="log",
-                 xlabel="layer or step", ylabel="squared error / d", xlim=(0, 24), ylim=(1e-7, 2))
-    learning_curves(config, config.d + 2, axes[1])
-    curves = learning_curves(config, config.n, axes[0])
-    errors = curves["Transformer"]
-    early, late = (-errors[FIRST_LAYER - 1 :].log10().diff()).chunk(2)  # digits of layers 3..L
-    worth = [equal_error_steps(errors[-1], STEPS[k], curves[k]) for k in ("Newton", "CG", "GD")]
-    title = "After n examples the last layer errs as Newton after {worth[0]:.0f} steps"
-    return axes, title + ", CG after {worth[1]:.0f}, GD after {worth[2]:.0f}", {
-        "error": errors[-1] / config.d, "worth": worth,
-        "superlinear": (late.mean(), max(early.mean(), 0.1))}
-
-
-# What is similarity made of? Most of an error no method can avoid: t < d examples do not
-# determine w*. So a *null* takes each layer's best Newton step and adds the deviations from
-# it that the layer shows on *another* prompt. Small deviations score high, whatever their
-# direction: a score at its null says how small they are.
-
-def heatmaps(config, sheet):
-    """Fu, figures 3, 8, 10: similarity of errors, and what a shuffled null scores."""
-    s = study(config)
-    axes = sheet("to which step of Newton?", "to which step of GD?", "at the best step",
-                 xlabel="layer", ylabel="step")
-    layers = s.runs["Transformer"][1:]
-    alike = {k: similarity_of_errors(layers, s.runs[k], s.ys) for k in ("Newton", "GD")}
-    for ax, (name, similarity) in zip(axes, alike.items()):  # (L, steps)
-        curve(axes[2], name, 1 - similarity.amax(1))
-        if not ax.collections:  # the first seed's
-            x, steps = range(1, len(layers) + 1), STEPS[name]
-            mesh = ax.pcolormesh(x, range(len(steps)), similarity.T, vmin=0.5, vmax=1)
-            ax.figure.colorbar(mesh, ax=ax, label="similarity of errors")
-            ax.plot(x, similarity.argmax(1), "ow", markeredgecolor="black", label="best step")
-            ax.set_yticks(range(0, len(steps), 4), steps[::4])
-    best = s.runs["Newton"][alike["Newton"].argmax(1)]  # (L, P, n+1)
-    shuffled = best + (layers - best).roll(1, dims=1)  # deviations of the previous prompt
-    null = similarity_of_errors(shuffled, best, s.ys).diagonal()
-    curve(axes[2], "shuffled null", 1 - null)
-    axes[2].set(ylabel="1 - similarity", yscale="log", ylim=(1e-3, 1))
-    last = [z[-1].max() for z in alike.values()] + [null[-1]]
-    title = "The last layer's similarity to Newton is {last[0]:.3f}, to GD {last[1]:.3f}"
-    return axes, title + "; shuffled, to Newton {last[2]:.3f}", {
-        "last": last, "like_newton": (1 - last[1], 1 - last[0]),
-        "like_ols": (similarity_of_errors(layers[-1:], s.least_squares[None], s.ys)[0, 0], 0.975)}
-
-
-# %% 9. A ruler that can say no: how many first-order steps is a layer worth?
-# A first-order method multiplies a vector by S once a step. Let its step sizes and momenta be
-# fixed in advance, in units of 1/lambda_max(S). Two steps of GD with sizes u, v, from w = 0:
-#     w_1 = u b,    w_2 = w_1 - v (S w_1 - b) = (u + v) b - u v S b.
-# Whatever u and v are, w_2 = c_0 b + c_1 S b: a polynomial of S, of degree 1, times b, the
-# same for all prompts. D steps make one of degree D - 1. So the polynomial that is best on
-# average errs at most as much as *every* such method of D steps, and least squares finds it,
-# for each D and t. D*(l) is the D whose best polynomial errs as layer l does. If D*(l) > l, no
-# method of one such step a layer does what the layers do; if D*(l) <= l, one may.
-
-# CG is no such method: it finds its sizes on the prompt. Newton's D* is but 2^(k/4) at first: k
-# steps reach lambda_max 2^(-k/2), the best D fixed ones lambda_max/D^2.
-
-
-def polynomial_features(xs, ys, t):
-    """x_q^T T_j(2 S/lambda_max - I) b/lambda_max after t examples, j < 128: (prompts, 128).
-
-    T_j, Chebyshev's polynomials, span the powers of S and are far better conditioned."""
-    X, x_q, y = xs[:, :t].double(), xs[:, t].double(), ys[:, :t].double()
-    eigenvalues, U = torch.linalg.eigh(X.mT @ X)
-    largest = eigenvalues[:, -1:]
-    # x_q^T T_j(S) b sums, over eigenvectors u, T_j(lambda) (u.x_q) (u.b).
-    overlaps = times(U.mT, x_q) * times(U.mT, times(X.mT, y)) / largest
-    T = np.polynomial.chebyshev.chebvander(2 * eigenvalues / largest - 1, 127)
-    return torch.einsum("pd,pdj->pj", overlaps, torch.from_numpy(T))
-
-
-def polynomial_errors(config, t):
-    """Squared errors after t examples of the best methods of 0..128 steps: (129,)."""
-    fitting, s = fresh_prompts(config, 20_000, purpose=3), study(config)
-    fit, test = (polynomial_features(*prompts, t) for prompts in (fitting, (s.xs, s.ys)))
-    # D columns of Q span D columns of fit: one more step adds one more term.
-    Q, R = torch.linalg.qr(fit)
-    basis = torch.linalg.solve_triangular(R, test, upper=True, left=False)  # (prompts, 128)
-    terms = basis * (Q.mT @ fitting[1][:, t].double())
-    answers = F.pad(terms.cumsum(1), (1, 0))
-    return (answers - s.ys[:, t, None]).square().mean(0)
-
-
-def products(config, sheet):
-    """New: D* of the layers, of Newton's steps and of CG's, after d and after n examples."""
-    L, found = config.layers, {}
-    axes = sheet(f"after d = {config.d} examples", f"after all {config.n}",
-                 xlabel="layer or step", ylabel="first-order steps")
-    for ax, name, t in zip(axes, ("products_d", "products_n"), (config.d, config.n)):
-        x, best, curves = range(1, L + 1), polynomial_errors(config, t), learning_curves(config, t)
-        ax.fill_between(x, 0, x, color="#DDDDDD", label="one first-order step a layer, or less")
-        for who in ("Newton", "CG", "Transformer"):
-            worth = equal_error_steps(curves[who][compared(config, who)], range(len(best)), best)
-            curve(ax, who, worth)
-        found[name] = worth[-1], L  # the Transformer's
-    title = "The last layer is worth {products_d[0]:.0f} first-order steps after d examples"
-    return axes, title + ", {products_n[0]:.0f} after n", found
-
-
-# %% 10. Ill-conditioned data (Fu, section 4.3)
-# For the same error GD may need up to kappa times the steps, Newton up to 2 log2 kappa more.
-
-def conditioning(config, sheet):
-    """Fu, figures 4, 16: errors at kappa 1 and 100; which steps err as the last layers do."""
-    axes = sheet("kappa = 1", "kappa = 100", xlabel="layer or step", xscale="symlog", yscale="log",
-                 ylabel=f"squared error / d after {config.n} examples", ylim=(1e-7, 2))
-    worth = []  # in steps of Newton and of GD, at kappa 1, then at 100
-    for ax, kappa in zip(axes, (1.0, 100.0)):
-        curves = learning_curves(dataclasses.replace(config, kappa=kappa), config.n, ax)
-        last = curves["Transformer"][-1]
-        worth += [equal_error_steps(last, STEPS[k], curves[k]) for k in ("Newton", "GD")]
-    title = "The last layer errs as Newton after {kappas[0]:.0f} steps, GD after {kappas[1]:.0f}"
-    return axes, title + "; at kappa = 100 after {kappas[2]:.0f} and {kappas[3]:.0f}", {
-        "kappas": worth, "kappa_gd": (worth[3], 4 * max(worth[1], 1))}
-
-
-# %% What Part I found
-# By similarity a layer climbs two or three of Newton's steps, as the paper's do; GD's steps
-# more than double. CG starts faster and flattens; by size of error after n examples it is ahead
-# until the last layer draws level; after d examples layers pass it from the sixth on, and the
-# last errs less than any method of 8 first-order steps with fixed sizes. Similarity says little:
-# deviations from other prompts score nearly the same. So a layer is as *fast* as one to three
-# steps of Newton, which does not show that it *is* Newton.
-
-
-# %% Part II, theory that runs. 11. Newton's weights, written by hand (Fu, theorem 5.1)
-# Newton is possible in attention because attention makes sums over examples. Let an example be
-# one token [T x_j ; x_j ; y_j], where T is to become M. Attention has ReLU in place of softmax,
-# and two heads of opposite sign: ReLU(s) - ReLU(-s) = s. (Fu print one V for both: |s|.)
-#     first layer    T = alpha S      adds alpha sum_j x_j <x_j, x_t> to the top block
-#     Newton layer   T <- 2T - T S T  adds -1/2 T S T x_t to it, and the MLP doubles it
-#     readout layer  x_q^T T b        adds sum_j y_j <T x_j, x_q> to the query's empty y
-# So k steps take k + 2 layers; Fu's proof spends k + 8. Two costs: one alpha for all prompts;
-# and every example must see all others, which our Transformer's causal mask forbids.
-
-def relu_attention(h, heads, mask):
-    """h_t + sum over heads (Q, K, V) and j of mask[j] ReLU(<Q h_t, K h_j>) V h_j, for all t."""
-    return h + sum((mask * ((h @ Q.mT) @ (h @ K.mT).mT).relu()) @ (h @ V.mT) for Q, K, V in heads)
-
-
-def token_blocks(d):
-    """(d, 2d+1), (d, 2d+1), (1, 2d+1): read T x, x, y of a token; transposed, they write."""
-    return torch.eye(2 * d + 1, dtype=torch.float64).split([d, d, 1])
-
-
-def linear_heads(Q, K, V):
-    """Two heads (Q, K, V) that add sum_j s V h_j, s = <Q h_t, K h_j>: ReLU(s) V - ReLU(-s) V."""
-    return [(Q, K, V), (-Q, K, -V)]
-
-
-def newton_layer(d):
-    """The weights of a Newton step: tokens [T x ; x ; y] -> [(2T - T S T) x ; x ; y], float64.
-
-    S is the examples' sum of x_j x_j^T. Attention first, two heads (Q (d, 2d+1), K (d, 2d+1),
-    V (2d+1, 2d+1)); then mlp = (up (2d, 2d+1), down (2d+1, 2d)) adds down ReLU(up h) to h."""
-    Tx, x, _ = token_blocks(d)
-    heads = linear_heads(Q=Tx, K=x, V=-0.5 * Tx.mT @ Tx)
-    up = torch.cat([Tx, -Tx])  # ReLU(s) - ReLU(-s) = s is added to each entry s of the block
-    return heads, (up, up.mT)
-
-
-def construction(xs, ys, steps, alpha):
-    """Newton in ReLU attention: answers to the last query after 0..steps, (steps+1, P)."""
-    Tx, x, y = token_blocks(xs.shape[-1])
-    heads, (up, down) = newton_layer(xs.shape[-1])
-    mask = (torch.arange(xs.shape[1]) < xs.shape[1] - 1).double()  # the query is no example
-    h = torch.cat([torch.zeros_like(xs), xs, (mask * ys)[..., None]], -1)  # (P, n+1, 2d+1)
-    h = relu_attention(h, linear_heads(Q=x, K=x, V=alpha * Tx.mT @ x), mask)
-    answers = []
-    for _ in range(steps + 1):
-        filled = relu_attention(h, linear_heads(Q=x, K=Tx, V=y.mT @ y), mask)
-        answers.append(filled[:, -1, -1])
-        h = relu_attention(h, heads, mask)
-        h = h + (h @ up.mT).relu() @ down.mT
-    return torch.stack(answers)
-
-
-def by_hand(config, sheet):
-    """Fu, theorem 5.1: hand-written weights against Newton; one alpha for all prompts."""
-    axes = sheet("", xlabel="layer or step k", ylabel="squared error / d", yscale="log")
-    xs, ys = fresh_prompts(config, 256, purpose=2)
-    S, b = (z[:, -1] for z in prefix_moments(xs, ys))  # after n examples
-    steps, alpha = STEPS["Newton"][-1], newton_start(S).min()
-    ours = (newton(S, b, steps, alpha) * xs[:, -1]).sum(-1)
-    hand = construction(xs, ys, steps, alpha)
-    for name, answers, style in (("Newton", ours, "-"), ("Transformer by hand", hand, " ")):
-        errors = (answers - ys[:, -1]).square().mean(1) / config.d
-        curve(axes[0], name, errors, STEPS["Newton"], style)
-    title = "Attention with hand-written weights is Newton's method, to {by_hand[0]:.0e}"
-    return axes, title, {"by_hand": ((hand - ours).abs().max() / ys.square().mean().sqrt(), 1e-6)}
-
-
-# %% 12. Linear attention is preconditioned gradient descent (Ahn et al., arXiv 2306.00297)
-# A layer without softmax, which compares x's and writes y's, answers a query x_q by
-#     yhat = (1/n) sum_i y_i x_i^T A x_q = b^T A x_q / n.
-# Now b/n is minus the gradient at w = 0 of R(w) = (1/2n) sum_i (w.x_i - y_i)^2. So the layer
-# is one step of gradient descent on R, preconditioned by A, and more layers are more steps
-# (lemma 1). For one layer and w ~ N(0, I) the loss is quadratic in A: to train is to fit least
-# squares. With endless examples the best A is a Newton step, Sigma^-1; with few it moves less,
-# most so along small eigenvalues (theorem 1).
-
-def optimal_preconditioner(Sigma, n):
-    """The A (d, d) of least expected squared error for one layer (Ahn, theorem 1).
-
-    For n examples and a query x ~ N(0, Sigma), w ~ N(0, I). It has Sigma's eigenvectors."""
-    # As E S^2 = n (n+1) Sigma^2 + n tr(Sigma) Sigma, the loss is least at A = n times the inverse
-    # of (n+1) Sigma + tr(Sigma) I.
-    identity = torch.eye(len(Sigma)).to(Sigma)
-    return n * torch.linalg.inv((n + 1) * Sigma + Sigma.trace() * identity)
-
-
-def preconditioners(config, sheet):
-    """Ahn, theorem 1, in the sizes of Ahn's figures: a fitted layer's A, entry by entry."""
-    d, n, generator = 5, 20, torch.Generator().manual_seed(config.seed)
-    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
-    U, spectrum = torch.linalg.qr(draw(d, d)).Q, torch.tensor([1, 1, 1 / 4, 1 / 16, 1])
-    closed = optimal_preconditioner((U * spectrum) @ U.mT, n)
-    xs = (draw(200_000, n + 1, d) * spectrum.sqrt()) @ U.mT
-    ys = times(xs, draw(200_000, d))
-    # The answer b^T A x_q / n is linear in A: A_jk has the feature b_j x_qk / n.
-    features = torch.einsum("pij,pi,pk->pjk", xs[:, :-1], ys[:, :-1], xs[:, -1]).flatten(1) / n
-    trained = least_squares_readout(features, ys[:, -1]).unflatten(0, (d, d))
-    (ax,) = axes = sheet("entries of A", xlabel="in theorem 1", ylabel="as fitted")
-    ax.axline((0, 0), slope=1, color="#666666", label="equal")
-    curve(ax, "Transformer", trained.flatten(), closed.flatten(), " ")
-    title = "The best layer of linear attention is the predicted one, to {ahn_one[0]:.1%}"
-    return axes, title, {"ahn_one": ((trained - closed).norm() / closed.norm(), 0.03)}
-
-
-# %% 13. Softmax attention learns in stages (Huang et al., arXiv 2310.05249)
-# A token is one of K orthonormal features, v_k with probability p_k; its answer is w.v_k. One
-# layer of softmax attention, with a matrix Q that starts at 0, averages a prompt's N answers:
-#     yhat = sum_i softmax_i(x_i^T Q x_q) y_i = sum_n a_n w.v_n     a_n: attention on feature n
-# For a query x_q = v_k, and E w w^T = I, the loss is 1/2 [(1 - a_k)^2 + sum_{n != k} a_n^2].
-# Its gradient moves A_k = Q[k,k] and B_{k,n} = Q[n,k]. If all p_k are equal, the A_k grow
-# together, past log K, where one right feature balances K wrong. If p_1 = 1/2, feature 1 is
-# first; for all others B_{k,1} must fall before A_k grows.
-
-def train_attention(K, p_1, steps, seed, eta=2.0):
-    """Gradient descent on Q, on fresh prompts of N = 10 K examples, queries weighted by p_k.
-
-    Returns (2, steps): the loss of queries for feature 1; the mean loss of the others."""
-    p = torch.tensor([p_1] + [(1 - p_1) / (K - 1)] * (K - 1))
-    generator, path = torch.Generator().manual_seed(seed), []
-    Q = torch.zeros(K, K, requires_grad=True)
-    for _ in range(steps):
-        tokens = torch.multinomial(p.expand(32, K), 10 * K, replacement=True, generator=generator)
-        counts = F.one_hot(tokens, K).sum(1)
-        attention = (counts.log()[:, :, None] + Q).softmax(1)  # [prompt, n, k]; e^log 0 = 0
-        losses = (attention - torch.eye(K)).square().sum(1).mean(0) / 2  # (K,), one a query
-        (gradient,) = torch.autograd.grad(p @ losses, Q)
-        Q.data -= eta * gradient
-        path.append([losses[0].item(), losses[1:].mean().item()])
-    return torch.tensor(path).T
-
-
-def stages(config, sheet):
-    """Huang, section 3: balanced features are learned together, a dominant one first."""
-    axes = sheet("all features alike, p = 1/16", "feature 1 has p = 1/2", xlabel="training step",
-                 ylabel="loss")
-    for ax, p_1 in zip(axes, (1 / 16, 1 / 2)):
-        path = train_attention(16, p_1, 3000, config.seed)
-        ax.loglog(path[0], color="black", label="queries for feature 1")
-        ax.loglog(path[1], color="#8C510A", label="queries for the others")
-    # Of the last path, p_1 = 1/2: how many steps are above a tenth of the start?
-    first, others = (path > 0.1 * path[:, :1]).sum(1)
-    title = "With a dominant feature the others are learned {huang[0]:.0f} times later than it"
-    return axes, title, {"huang": (others / first, 5)}
-
-
-# %% Part III, machinery. 14. The claims
-
-CLAIMS = {  # key: (measured; what it must beat: a control, a fixed number; the relation)
-    "superlinear": ("fig. 2: digits gained late; early (or 0.1)", ">"),
-    "newton_rate": ("fig. 3: Newton steps a layer (2.93); a step of CG", ">"),
-    "equal_rate": ("the same by size of error after n examples", ">"),
-    "newton_line": ("fig. 3: R^2 of Newton's steps: line; exponential", ">"),
-    "gd_exponential": ("fig. 3: R^2 of GD's steps: exponential; line", ">"),
-    "like_newton": ("1 - similarity: GD (.043); Newton (.009)", ">"),
-    "like_ols": ("similarity to least squares; our goal", ">"),
-    "products_d": ("first-order steps the last layer is worth after d; layers", ">"),
-    "products_n": ("the same after n examples", ">"),
-    "kappa_gd": ("fig. 4: its GD steps at kappa 100; 4 times those at 1", ">"),
-    "by_hand": ("thm. 5.1: weights by hand, distance from Newton", "<"),
-    "ahn_one": ("Ahn, thm. 1: a fitted layer, distance from the theory", "<"),
-    "huang": ("Huang: how many times later other features are learned", ">")}
-
-
-def table(found):
-    """Lines of Markdown, {claim: in how many seeds it holds}; found: {key: a pair a seed}."""
-    lines = ["| claim (the paper's number) | measured, seed by seed | holds in |", "|---|---|---|"]
-    holds = {}
-    for key, (sentence, relation) in CLAIMS.items():
-        if key in found:
-            holds[key] = sum(a > b if relation == ">" else a < b for a, b in found[key])
-            texts = [[f"{z:.3g}" for z in row] for row in zip(*found[key])]
-            left, right = (" ".join(z if len(set(z)) > 1 else z[:1]) for z in texts)
-            score = f"{left} {relation} {right} | {holds[key]} of {len(found[key])}"
-            lines.append(f"| {sentence} | {score} |")
-    return lines, holds
-
-
-# %% 15. Drawing: a learner has one colour and mark everywhere
-
-LOOK = {"Transformer": ("#D55E00", "o"), "Newton": ("#0072B2", "s"), "GD": ("#009E73", "^"),
-        "CG": ("#CC79A7", "D"), "Fu's": ("#666666", "x"), "shuffled": ("#666666", "x")}
-STYLE = {"axes.grid": True, "grid.alpha": 0.25, "lines.markersize": 4, "lines.linewidth": 1.2}
-
-
-def make_sheet(*titles, **settings):
-    """The panels of an empty picture, one a title, all with these settings."""
-    inches = 4.5 * max(len(titles), 2), 4.2
-    picture = matplotlib.figure.Figure(inches, dpi=130, layout="constrained")
-    axes = picture.subplots(1, len(titles), squeeze=False)[0]
-    for ax, title in zip(axes, titles):
-        ax.set(title=title, **settings)
-    return axes
-
-
-def curve(ax, label, y, x=None, style="-"):
-    """A line in the look of its label's first word; x defaults to 1, 2, ..."""
-    color, mark = LOOK[label.split()[0]]
-    x = range(1, len(y) + 1) if x is None else x
-    ax.plot(x, y, mark + style, color=color, label=label)
-
-
-def draw(axes, title):
-    """The picture of these panels, PNG bytes, with one legend, below."""
-    buffer, picture = io.BytesIO(), axes[0].figure
-    entries = {z.get_label(): z for ax in axes for z in ax.get_legend_handles_labels()[0]}
-    picture.legend(entries.values(), entries, loc="outside lower center", ncols=5, frameon=False)
-    picture.suptitle(title)
-    picture.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-# %% 16. Files and checkpoints
-
-def write_file(path, content):
-    """Write bytes; a kill leaves the old file or the new one. OSError, in one line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_file(path, write):
+    """Let write(path) make a file, whole or not at all. OSError where that cannot be done."""
+    half_written = path.with_name(f"half-{os.getpid()}-{path.name}")
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        write(half_written)
+        half_written.replace(path)
+    except (
+        FileNotFoundError
+    ):  # another run, starting just now, has cleaned up: write again
+        write_file(path, write)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        half_written.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror}") from None
 
 
-class Checkpoint:
-    """The file of one training; its name hashes what decides the weights: settings and code."""
-
-    def __init__(self, config, model, optimizers, generator):
-        self.parts, self.generator = [model, *optimizers], generator
-        # Code is known by what it does: try some steps. What none shows goes unseen.
-        other, *its_optimizers = copy.deepcopy(self.parts)
-        twin = torch.Generator(generator.device).manual_seed(0)
-        for step in sorted({0, config.curriculum, config.steps // 2, config.steps - 1}):
-            training_step(other, its_optimizers, config, step, twin)
-        sums = [z.detach().double().sum().item() for m in (model, other) for z in m.parameters()]
-        settings = {k: v for k, v in vars(config).items() if k not in NOT_OF_WEIGHTS}
-        all_of_it = settings, sums, torch.__version__, generator.device
-        key = hashlib.sha256(repr(all_of_it).encode()).hexdigest()[:10]
-        self.path = Path(config.checkpoints) / f"d{config.d}-seed{config.seed}-{key}.pt"
-
-    def seal(self, content):
-        """What ends a file, 32 bytes: proof that it is whole and this training's."""
-        return hashlib.sha256(self.path.name.encode() + content).digest()
-
-    def save(self, done):
-        """Write where the training stands: torch.load reads it."""
-        state = {"done": done, "parts": [part.state_dict() for part in self.parts],
-                 "generator": self.generator.get_state()}
-        torch.save(state, buffer := io.BytesIO())
-        write_file(self.path, buffer.getvalue() + self.seal(buffer.getvalue()))
-
-    def restore(self):
-        """Go on where the training stood: the steps done. ValueError: a damaged file."""
-        if not self.path.exists():
-            return 0
-        content = self.path.read_bytes()
-        if content[-32:] != self.seal(content[:-32]):
-            raise ValueError(f"{self.path} is damaged: delete it")
-        saved = torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
-        for part, state in zip(self.parts, saved["parts"]):
-            part.load_state_dict(state)
-        self.generator.set_state(saved["generator"])
-        return saved["done"]
+def prepare_folder(folder):
+    """Make a folder, see that it can be written, remove what killed runs left half-written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "half-test", Path.touch)
+    for left in folder.glob("half-*"):
+        left.unlink(missing_ok=True)
 
 
-# %% 17. The command line
+# Networks are kept in a folder. The name of a file knows all that decides the weights: settings,
+# Torch's version, and the code that trains, in its compiled form. So an edited schedule means a
+# new network, and an edited comment does not.
 
-EXPERIMENTS = {f.__name__: f for f in (by_hand, rates, convergence, heatmaps, products,
-                                       conditioning, preconditioners, stages)}
-SMALL = dict(d=5, n=10, batch=64, curriculum=0)
-PRESETS = {  # name: (the first line that a run prints, settings)
-    "default": ("the paper's problem, d = 20 and n = 40, in a smaller network", {}),
-    "quick": ("a first look at d = 5; its numbers are not to be trusted", SMALL | dict(
-        width=32, layers=6, steps=1500, prompts=256, figures="by_hand,rates,products",
-        out="figures/quick")),
-    "small": ("d = 5, n = 10, where conjugate gradient, too, looks like Newton", SMALL | dict(
-        width=40, steps=5000, prompts=2048, out="figures/small")),
-    "long": ("d = 20, n = 40, trained longer", dict(steps=8000, tuning=2000, out="figures/long")),
-    "paper": ("the paper's problem, a network of the paper's size: for CUDA", dict(
-        layers=12, width=256, heads=8, steps=12_000, batch=256, out="figures/paper"))}
+CHECKPOINTS = Path("checkpoints")
+SECONDS_BETWEEN_SAVES = 30
 
 
-def check(config):
-    """ValueError, in one line, for a configuration that cannot work."""
-    for field in dataclasses.fields(config):
-        value, allowed = getattr(config, field.name), field.metadata["allowed"]
-        word = isinstance(value, str)
-        if allowed and not (value in allowed if word else allowed[0] <= value <= allowed[1]):
-            raise ValueError(f"--{field.name} {value}: not within {allowed}")
-    grown = config.curriculum * (config.d - 2)
-    unknown = set(config.figures.split(",")) - {"all", *EXPERIMENTS}
-    for wrong, message in (
-        (unknown, f"figures: all, or some of {','.join(EXPERIMENTS)}"),
-        (config.n < config.d + 2, "n: at least d + 2"),
-        (config.width % config.heads, "heads: a divisor of the width"),
-        (config.seed + config.seeds > 10**9 + 1, "seed, seeds: the last is above 1000000000"),
-        (0 < config.steps <= grown, f"steps: 0, or above {grown} (curriculum)"),
-        (config.device == "cuda" and not torch.cuda.is_available(), "device cuda: none here")):
-        if wrong:
-            raise ValueError(f"--{message}")
+def compiled(code):
+    """A function's code without names of files and addresses: the same on all machines."""
+    constants = [
+        compiled(z) if isinstance(z, types.CodeType) else z for z in code.co_consts
+    ]
+    return code.co_code, code.co_names, constants
+
+
+def checkpoint_path(config):
+    """Where the network of these settings is kept."""
+    functions = [
+        train,
+        random_numbers,
+        training,
+        training_prompts,
+        sample_prompts,
+        errors_and_gradients,
+        interleave,
+        sinusoids,
+        normalize,
+        make_optimizers,
+        orthogonalize,
+        Muon.step,
+        *filter(inspect.isfunction, vars(Transformer).values()),
+    ]
+    code = [compiled(inspect.unwrap(function).__code__) for function in functions]
+    decides = dataclasses.replace(config, seeds=1, prompts=64, figures="all", out="")
+    if config.kappa == 1:
+        decides = dataclasses.replace(decides, tuning=0)
+    version = torch.__version__.split("+")[
+        0
+    ]  # 2.13.0+cpu and 2.13.0+cu126 are one version
+    everything = repr([decides, PURPOSES, TINY, version, code])
+    key = hashlib.sha256(everything.encode()).hexdigest()[:10]
+    return CHECKPOINTS / f"d{config.d}-kappa{config.kappa:g}-seed{config.seed}-{key}.pt"
+
+
+def restore(path, generator, parts):
+    """Put a training where it stood. Returns the number of steps done: 0 if there is no file."""
+    if not path.exists():
+        return 0
+    try:
+        done, numbers, states = torch.load(path, "cpu", weights_only=True)
+    except Exception:
+        raise ValueError(f"{path} is damaged: delete it") from None
+    generator.set_state(numbers)
+    for part, state in zip(parts, states):
+        part.load_state_dict(state)
+    print(f"  goes on from {path}, step {done}; delete it to train anew", flush=True)
+    return done
+
+
+def train(config):
+    """The trained network of these settings: from its file, or by training.
+
+    A killed training goes on at its last checkpoint, bit for bit. At kappa > 1, the network of
+    kappa = 1 goes on for `tuning` steps. FloatingPointError: errors are not finite; ValueError:
+    a damaged checkpoint; OSError: a file cannot be written."""
+    prepare_folder(CHECKPOINTS)
+    path, purpose = checkpoint_path(config), "training"
+    model = Transformer(config).to("cuda" if torch.cuda.is_available() else "cpu")
+    optimizers = make_optimizers(model, config)
+    if config.kappa > 1:
+        easy = train(dataclasses.replace(config, kappa=1))
+        model.load_state_dict(easy.state_dict())
+        config = dataclasses.replace(config, steps=config.tuning, curriculum=0)
+        purpose = "tuning"
+    generator, parts = random_numbers(config, purpose), [model, *optimizers]
+    first = restore(path, generator, parts)
+    start = saved = time.perf_counter()
+    # Torch splits tensors as small as ours badly among its threads. So it gets one, and each
+    # core a thread of ours.
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(cores, "quarter", torch.set_num_threads, (1,)) as threads:
+        steps = training(config, model, optimizers, generator, first, threads.map)
+        for done, errors in enumerate(steps, first + 1):
+            now = time.perf_counter()
+            if (
+                done not in (first + 10, config.steps)
+                and now < saved + SECONDS_BETWEEN_SAVES
+            ):
+                continue
+            if not errors.isfinite().all():
+                raise FloatingPointError(f"errors are not finite at step {done}")
+            error, t = errors[:, -1].square().mean() / config.d, errors.shape[1] - 1
+            left = (now - start) / (done - first) * (config.steps - done)
+            print(
+                f"  step {done} of {config.steps}: error / d {error:.2g} after {t} examples; "
+                f"about {left:.0f} s left",
+                flush=True,
+            )
+            state = done, generator.get_state(), [part.state_dict() for part in parts]
+            write_file(path, functools.partial(torch.save, state))
+            saved = now
+    torch.set_num_threads(cores)
+    return model.requires_grad_(False)
+
+
+# %% 20. Drawing
+# A learner has one colour and one mark in all pictures. Layers go from light to dark.
+
+LOOK = {
+    "Transformer": "C1o-",
+    "network by hand": "C3o:",
+    "M x_q": "C1o-",
+    "Transformer, averaged": "C1o:",
+    "M x_q, random y": "C1x:",
+    "M x_q, untrained": "C7x:",
+    "Newton": "C0s-",
+    "Newton from I/lambda_max": "C0s",
+    "Newton from alpha S": "C0s-",
+    "M x_q, from alpha S": "C0s-",
+    "gradient descent": "C2^-",
+    "its path": "C7-",
+    "linear attention, y alone": "C2^:",
+    "conjugate gradient": "C4D-",
+    "b": "C4D-",
+    "w*": "C2^-",
+    "GD++": "C9v-",
+    "whitened x_q": "C8*-",
+    "Fu's Transformer": "C7x-",
+    "shuffled deviations": "C7x-",
+    "least squares": "C5+-",
+    "best fixed steps": "k:",
+    "twice the steps in each layer": "k:",
+    "queries for feature 1": "k-",
+    "queries for the others": "C5-",
+}
+STYLE = {
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "lines.markersize": 4,
+    "lines.linewidth": 1.2,
+}
+
+
+def draw(title, panels):
+    """The picture of an experiment, with one legend for all panels: a Figure."""
+    width = max(11, 5 * len(panels) + 1)
+    figure = plt.figure(figsize=(width, 5), layout="constrained")
+    shown = {}
+    for place, panel in enumerate(panels, 1):
+        ax = figure.add_subplot(1, len(panels), place)
+        for i, (learner, curves) in enumerate(panel.curves.items(), 2):
+            for curve in curves:
+                x, y = (
+                    curve
+                    if isinstance(curve, tuple)
+                    else (range(1, len(curve) + 1), curve)
+                )
+                (line,) = ax.plot(x, y, LOOK.get(learner, ".-"))
+                if learner not in LOOK:
+                    line.set_color(plt.cm.YlOrRd(i / 10))
+                shown[learner] = line
+        ax.set(
+            title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, **panel.axes
+        )
+    figure.legend(
+        shown.values(), shown, loc="outside lower center", ncols=5, frameon=False
+    )
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+# %% 21. A run
+# What needs no network comes first: the first picture is there in seconds.
+
+EXPERIMENTS = {
+    experiment.__name__: experiment
+    for experiment in (
+        paths,
+        stages,
+        rates,
+        similarity,
+        convergence,
+        filters,
+        inside,
+        linear_attention,
+        conditioning,
+    )
+}
+
+
+def in_words(claim):
+    """A claim, what was measured seed by seed, and in how many seeds it holds: three texts."""
+    sentence, measured, relation, bar = claim
+    beats = {">": np.greater, "<": np.less}[relation]
+    sides = (" ".join(f"{z:.3g}" for z in np.ravel(side)) for side in (measured, bar))
+    score = f"{np.sum(beats(measured, bar))} of {len(measured)}"
+    return sentence, f" {relation} ".join(sides), score
+
+
+def table(results):
+    """The claims of all results, in lines of Markdown."""
+    lines = ["| claim | measured, seed by seed | holds in |", "|---|---|---|"]
+    for name in filter(results.get, EXPERIMENTS):
+        for claim in results[name]["claims"]:
+            lines.append(f"| {' | '.join(in_words(claim))} |")
+    return "\n".join(lines)
+
+
+def earlier_results(path, settings):
+    """What runs with the same settings have found before, {figure: its results}."""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        return record["figures"] if record["settings"] == settings else {}
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def plain(array):
+    """An array as lists of numbers with four digits, for JSON."""
+    return [plain(z) for z in array] if np.ndim(array) else float(f"{array:.4g}")
+
+
+@plt.rc_context(STYLE)
+def run(config):
+    """Make the figures, print the claims, and write everything into config.out.
+
+    Figures made before with the same settings keep their place. Returns {figure: its results}."""
+    out, start = Path(config.out), time.perf_counter()
+    prepare_folder(out)
+    prepare_folder(CHECKPOINTS)
+    settings = vars(config) | dict(figures="all", out="")
+    results = earlier_results(out / "results.json", settings)
+
+    @functools.cache  # for this run only
+    def studies(kappa):
+        seeds = range(config.seed, config.seed + config.seeds)
+        configs = [
+            dataclasses.replace(config, seed=seed, kappa=kappa) for seed in seeds
+        ]
+        return [Study(one, train(one)) for one in configs]
+
+    names = EXPERIMENTS if config.figures == "all" else config.figures.split(",")
+    for name in names:
+        if name in ("paths", "stages"):
+            panels, claims = EXPERIMENTS[name]()
+        elif name == "conditioning":
+            panels, claims = conditioning(studies(1.0) + studies(100.0))
+        else:
+            panels, claims = EXPERIMENTS[name](studies(config.kappa))
+        title = "\n".join("{}: {} (in {})".format(*in_words(claim)) for claim in claims)
+        write_file(out / f"{name}.png", draw(title, panels).savefig)
+        plt.close()
+        curves = {panel.title: panel.curves for panel in panels}
+        results[name] = dict(claims=claims, curves=curves)
+        record = json.dumps(dict(settings=settings, figures=results), default=plain)
+        write_file(out / "results.json", lambda half: half.write_text(record, "utf-8"))
+        print(
+            f"{time.perf_counter() - start:5.0f} s  {out / name}.png",
+            title,
+            sep="\n",
+            flush=True,
+        )
+    print("", table(results), sep="\n")
+    return results
+
+
+# %% 22. The command line
 
 
 def parse(arguments):
-    """Command line -> (the preset's line, Config). Bad input: one line, exit status 2."""
-    parser = argparse.ArgumentParser("icl_newton.py", usage=argparse.SUPPRESS, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    presets = "; ".join(f"{name}: {line}" for name, (line, _) in PRESETS.items())
-    parser.add_argument("--preset", choices=PRESETS, default="default", help=presets)
+    """The Config of a command line. Bad input: one line on standard error, exit status 2."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description=Config.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    about = "quick: a first look; small: d = 5; long: trained longer; paper: its size, for a GPU"
+    parser.add_argument("--preset", choices=PRESETS, help=about)
     for field in dataclasses.fields(Config):
-        text = f"{field.metadata['text']} (default: {field.default})"
-        parser.add_argument(f"--{field.name}", type=field.type, help=text)
+        parser.add_argument(f"--{field.name}", help=f"default: {field.default}")
     given = vars(parser.parse_args(arguments))
-    line, settings = PRESETS[given.pop("preset")]
+    if preset := given.pop("preset", ""):
+        given = PRESETS[preset] | dict(out=f"figures/{preset}") | given
     try:
-        config = Config(**settings | given)
-        for folder in (config.out, config.checkpoints):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise ValueError(f"cannot write into {folder}")
+        config = Config(**given)
+        prepare_folder(Path(config.out))
+        return config
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    return line, config
-
-
-@matplotlib.rc_context(STYLE)
-def run(config):
-    """Make the figures, print the table of claims, write all into `out`."""
-    out, found, titles, start = Path(config.out), {}, {}, time.perf_counter()
-    wanted, seeds = config.figures.split(","), range(config.seed, config.seed + config.seeds)
-    for name in [name for name in EXPERIMENTS if name in wanted or "all" in wanted]:
-        sheet = functools.cache(make_sheet)  # same titles, same panels, for all seeds
-        for one in (dataclasses.replace(config, seed=seed, seeds=1) for seed in seeds):
-            axes, title, numbers = EXPERIMENTS[name](one, sheet)
-            for key, z in numbers.items():
-                found.setdefault(key, []).append(np.asarray(z, dtype=float).tolist())
-        titles[name] = title.format(**{key: np.mean(found[key], axis=0) for key in numbers})
-        write_file(out / f"{name}.png", draw(axes, titles[name]))
-        print(f"{time.perf_counter() - start:5.0f} s  {name}: {titles[name]}", flush=True)
-    lines, holds = table(found)
-    record = dict(settings=vars(config), titles=titles, holds=holds, measured=found)
-    write_file(out / "results.json", json.dumps(record, indent=1).encode())
-    write_file(out / "table.md", "\n".join(lines).encode())
-    print("", *lines, "", *titles.values(), sep="\n")
-    return holds
 
 
 def main(arguments=None):
     """Run the command line. Exit status 0, 1 (a run failed), 2 (bad input) or 130 (Ctrl-C)."""
-    line, config = parse(arguments)
-    print(f"icl_newton: {line}")
+    config = parse(arguments)
+    plt.switch_backend("agg")  # pictures go to files, no window opens
+    print(f"icl_newton: {config}", flush=True)
     try:
         run(config)
-    except (NotImplementedError, FloatingPointError, ValueError, OSError, MemoryError) as error:
-        print(f"icl_newton: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("\nicl_newton: stopped; say it again to go on", file=sys.stderr)
         return 130
+    except (ArithmeticError, ValueError, OSError, MemoryError, RuntimeError) as error:
+        print(f"icl_newton: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     return 0
 
 
-if __name__ == "__main__" and "__file__" in globals():  # in a notebook: run(Config())
+def is_the_program():
+    """Whether Python was started to run this file: no notebook or other script holds it."""
+    source, started = main.__code__.co_filename, sys.argv[0]
+    from_stdin = (source, started) == ("<stdin>", "-")
+    return from_stdin or Path(source).resolve() == Path(started).resolve()
+
+
+if __name__ == "__main__" and is_the_program():
     sys.exit(main())
