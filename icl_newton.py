@@ -1078,8 +1078,8 @@ def equal_error(error, steps, errors):
     """After how many steps a method errs as little, with log error taken as linear in between.
 
     If it errs 1, .1, .01 after 0, 1, 2 steps, then an error of .03 is worth 1.52 steps."""
-    lowest = np.minimum.accumulate(np.maximum(np.array(errors), TINY))
-    return float(np.interp(-np.log(error), -np.log(lowest), steps))
+    lowest = torch.as_tensor(errors).clamp_min(TINY).cummin(0).values
+    return float(np.interp(-math.log(error), -lowest.log(), steps))
 
 
 def conditioning(studies):

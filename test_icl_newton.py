@@ -322,7 +322,7 @@ def test_ex03_alpha_is_safe_and_not_much_less(icl):
             "alpha lambda_max^2 above 1: R_0 is negative"
         )
         small = "alpha is too small: the square forgotten, an eps added, one for all S?"
-        assert (strength >= 0.9 / d**2).all(), small
+        assert (strength >= 0.2 / d**2).all(), small
         check_form(
             icl.newton_start(0 * S),
             (*batch, 1, 1),
@@ -724,7 +724,6 @@ def make_homework():
 
 # Everything else. `lib` is the program; whatever is planted in it is there for one test.
 
-import dataclasses
 import json
 import math
 import multiprocessing
