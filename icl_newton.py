@@ -496,9 +496,7 @@ def layers_as_learner(network, xs, ys):
     Its step 0 is the embedding, and its step l is layer l."""
     S = b = 0
     for some_xs, some_ys in zip(xs.split(64), ys.split(64)):  # in parts, to save memory
-        H = network.states(some_xs, some_ys).flatten(
-            1, 2
-        )  # (layers+1, states, width+1)
+        H = network.states(some_xs, some_ys).flatten(1, 2)  # (layers+1, states, ...)
         S = S + H.mT @ H
         b = b + times(H.mT, some_ys.double().flatten())
     lines = least_squares(S, b)[:, None, :, None]
@@ -692,7 +690,7 @@ def similarity(studies):
     scores = collect([unlike(study) for study in studies])
     last = {name: np.mean([1 - score[-1] for score in scores[name]]) for name in scores}
     title = (
-        f"Of the last layer, at best: {last['Newton']:.3f} to Newton, "
+        f"Last layer: {last['Newton']:.3f} to Newton, "
         f"{last['gradient descent']:.3f} to descent"
     )
     return [
@@ -867,9 +865,8 @@ def explained(network, xs, ys, t):
 
     The kinds of M x_q are k = 1, 2, ..."""
     share, U, query, best = spectrum(xs, ys, t)
-    of_inverse = (
-        query / share
-    )  # S^-1 x_q along the eigenvectors, in units of 1/lambda_max
+    # S^-1 x_q along the eigenvectors, in units of 1/lambda_max:
+    of_inverse = query / share
     targets = {
         "M x_q": [of_inverse * path(share, 1, 2.0**k) for k in range(1, 12)],
         "M x_q, from alpha S": [
@@ -1267,9 +1264,8 @@ def linear_attention(studies):
     theory = 1 - float(optimal_preconditioner(torch.eye(d), n)[0, 0])
 
     xs, ys = first.xs.double(), first.ys.double()
-    scale = (
-        1 / xs.square().sum((1, 2)).max()
-    )  # one over a trace, which is above lambda_max
+    # One over the largest trace of X^T X, as a trace is above lambda_max:
+    scale = 1 / xs.square().sum((1, 2)).max()
     start = scale * torch.eye(d).double()
     method = method_as_learner(lambda S, b: newton(S, b, 24, start))
     by_hand = newton_by_hand(xs, ys, 24, scale)
@@ -1433,9 +1429,8 @@ class Config:
         )
 
 
-LEAST = dict(
-    d=5, kappa=1, layers=4, width=2, heads=1, batch=4, seeds=1, prompts=64
-)  # of others, 0
+# The least value of each; of all others, 0.
+LEAST = dict(d=5, kappa=1, layers=4, width=2, heads=1, batch=4, seeds=1, prompts=64)
 
 
 def check(works, message):
@@ -1513,10 +1508,8 @@ def write_file(path, write):
     try:
         write(half_written)
         half_written.replace(path)
-    except (
-        FileNotFoundError
-    ):  # another run, starting just now, has cleaned up: write again
-        write_file(path, write)
+    except FileNotFoundError:
+        write_file(path, write)  # another run, just starting, has cleaned up
     except OSError as error:
         half_written.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror}") from None
@@ -1567,9 +1560,7 @@ def checkpoint_path(config):
     decides = dataclasses.replace(config, seeds=1, prompts=64, figures="all", out="")
     if config.kappa == 1:
         decides = dataclasses.replace(decides, tuning=0)
-    version = torch.__version__.split("+")[
-        0
-    ]  # 2.13.0+cpu and 2.13.0+cu126 are one version
+    version = torch.__version__.split("+")[0]  # without +cpu or +cu126
     everything = repr([decides, PURPOSES, TINY, version, code])
     key = hashlib.sha256(everything.encode()).hexdigest()[:10]
     return CHECKPOINTS / f"d{config.d}-kappa{config.kappa:g}-seed{config.seed}-{key}.pt"
