@@ -29,7 +29,7 @@ ruler can measure them all.
 
 What differs from Fu: 8 layers of width 64, not 12 of width 256; the optimizer Muon, not Adam;
 1/lambda_max, not .01, as the step size of gradient descent; SiLU, not GELU; positions that
-start as sinusoids; and a loss in which small errors count (section 5).
+start as sinusoids; normalized queries and keys; a loss in which small errors count (section 5).
 
 Notation, after Fu:
     d, n          dimension of x; number of examples in a prompt. x_{n+1} is the last query.
@@ -40,7 +40,8 @@ Notation, after Fu:
     S, b          X^T X = sum of x_i x_i^T, (d, d); and X^T y = sum of y_i x_i, (d)
     lambda, u     an eigenvalue of S and its eigenvector; lambda_max is the largest
     eta, m        step size of gradient descent; number of its steps
-    M_k           Newton's guess of the inverse of S after k steps; R_k = I - S M_k is missing
+    M_k           Newton's guess of the inverse of S after k steps
+    R_k           I - S M_k, what this guess still misses
     alpha         Fu's Newton starts from M_0 = alpha S
     Sigma, kappa  covariance of x, and its condition number (1: all directions alike)
 """
@@ -287,19 +288,19 @@ class Claim(NamedTuple):
     bar: object  # a number for each seed, or one for all
 
 
-def path(share, p, N):
-    """Share of w* found where lambda/lambda_max is `share`, on a path p, when the clock says N.
+def share_on_path(ratio, p, N):
+    """Share of w* found where lambda/lambda_max is `ratio`, on path p, when the clock says N.
 
     p is 1 for gradient descent, and for Newton from I/lambda_max; 2 for Newton from alpha S."""
-    return 1 - (1 - share**p) ** N
+    return 1 - (1 - ratio**p) ** N
 
 
 def path_panels(on_one_path, on_another):
     """The two paths, share of w* found against lambda/lambda_max, with more curves on them."""
-    share = torch.logspace(-3, 0, 61).double()
-    clocks = [2.0**k for k in range(10)]
-    one_path = {"its path": [(share, path(share, 1, N)) for N in clocks]}
-    another = {"its path": [(share, path(share, 2, N**2)) for N in clocks]}
+    ratio, doublings = torch.logspace(-3, 0, 61).double(), range(10)
+    one_path = [(ratio, share_on_path(ratio, 1, 2.0**k)) for k in doublings]
+    another = [(ratio, share_on_path(ratio, 2, 4.0**k)) for k in doublings]
+    one_path, another = {"its path": one_path}, {"its path": another}
     labels = "lambda / lambda_max", "share of w* found"
     axes = dict(xscale="log", ylim=(-0.1, 1.4))
     return [
@@ -313,16 +314,16 @@ def paths():
 
     Gradient descent after 1, 2, 4, ... steps; Newton from I/lambda_max after 0, 1, 2, ...; from
     alpha S after 0, 2, 4, ... steps."""
-    share = torch.logspace(-3, 0, 31).double()
-    S, doublings = torch.diag(share), range(10)
-    one_by_one = gradient_descent(S, share, 512)[[2**k for k in doublings]]
-    doubled = gradient_descent_doubled(S, share, 9)
-    from_S = newton(S, share, 18, start=S)[::2]
+    ratio = torch.logspace(-3, 0, 31).double()
+    S, doublings = torch.diag(ratio), range(10)
+    one_by_one = gradient_descent(S, ratio, 512)[[2**k for k in doublings]]
+    doubled = gradient_descent_doubled(S, ratio, 9)
+    from_S = newton(S, ratio, 18, start=S)[::2]
     on_one_path = {
-        "gradient descent": [(share, one_by_one[k]) for k in doublings],
-        "Newton from I/lambda_max": [(share, doubled[k]) for k in doublings],
+        "gradient descent": [(ratio, one_by_one[k]) for k in doublings],
+        "Newton from I/lambda_max": [(ratio, doubled[k]) for k in doublings],
     }
-    on_another = {"Newton from alpha S": [(share, from_S[k]) for k in doublings]}
+    on_another = {"Newton from alpha S": [(ratio, from_S[k]) for k in doublings]}
     difference = float(abs(doubled - one_by_one).max())
     same = Claim(
         "Newton from I/lambda_max after k steps is gradient descent after 2^k (difference)",
@@ -335,7 +336,11 @@ def paths():
 
 # %% 4. The Transformer
 # It reads the tokens x_1, y_1, x_2, y_2, ..., x_{n+1}, and at each x_{t+1} it predicts y_{t+1}.
-# A token sees itself and the tokens to its left, so it never sees the answer.
+# A token sees itself and the tokens to its left, so it never sees the answer. The prompt of
+# section 1 has seven tokens:
+#
+#     x_1      y_1      x_2      y_2      x_3      y_3      x_4
+#     (1, 0)   (2, 0)   (0, 1)   (-1, 0)  (1, 1)   (1, 0)   (-1, 2)
 
 
 def interleave(xs, ys):
@@ -368,7 +373,10 @@ def normalize(h):
 
 
 class Transformer(nn.Module):
-    """A decoder like GPT-2. The config gives its sizes and the seed of its first weights."""
+    """A decoder, much like GPT-2. The config gives its sizes and the seed of its first weights.
+
+    Queries and keys are normalized, as the stream is; there are no biases and no trained gains;
+    the MLP is twice as wide as the stream."""
 
     def __init__(self, config):
         super().__init__()
@@ -380,8 +388,8 @@ class Transformer(nn.Module):
         self.positions = nn.Parameter(0.3 * sinusoids(2 * config.n + 1, width))
         self.read_out = nn.Parameter(torch.zeros(width))
         # Of each layer: Q, K, V, O of the attention; then "up" and "down" (transposed).
-        sizes = torch.tensor([1, 1, 1, 0.5])[:, None, None]
-        sizes = sizes / (3 * width) ** 0.5
+        # O and "down", which write into the stream, start half as large.
+        sizes = torch.tensor([1, 1, 1, 0.5])[:, None, None] / (3 * width) ** 0.5
         self.attention = nn.Parameter(draw(layers, 4, width, width) * sizes)
         self.mlp = nn.Parameter(draw(layers, 2, 2 * width, width) * sizes[2:])
 
@@ -464,7 +472,7 @@ def training(config, model, optimizers, generator, first_step=0, map=map):
         xs, ys = training_prompts(config, step, generator)
         quarters = map(of_a_quarter, xs.chunk(4), ys.chunk(4))
         errors, gradients = zip(*quarters)
-        for parameter, *four in zip(model.parameters(), *gradients):
+        for parameter, four in zip(model.parameters(), zip(*gradients)):
             parameter.grad = sum(four) / 4
 
         # Step sizes rise over 100 steps, stay, and fall to 0 over the second half.
@@ -494,7 +502,7 @@ def layers_as_learner(network, xs, ys):
     """Fit the lines of all layers on these prompts, and return the layers as a learner.
 
     Its step 0 is the embedding, and its step l is layer l."""
-    S = b = 0
+    S, b = 0, 0  # sums over the parts
     for some_xs, some_ys in zip(xs.split(64), ys.split(64)):  # in parts, to save memory
         H = network.states(some_xs, some_ys).flatten(1, 2)  # (layers+1, states, ...)
         S = S + H.mT @ H
@@ -586,8 +594,8 @@ def best_matches(study, learner, method):
     """The most similar step of a method for steps 1, 2, ... of a learner, as many as layers.
 
     Of gradient descent, with its 1, 2, 4, 8, ... steps, this is the number of doublings."""
-    own_steps = slice(1, study.config.layers + 1)
-    return study.similarity(learner, method)[own_steps].argmax(1).numpy()
+    scores = study.similarity(learner, method)[1 : study.config.layers + 1]
+    return scores.argmax(1).numpy()
 
 
 # Fu's own Transformer, 12 layers of width 256: its best matches, from figures 8 and 10. They,
@@ -686,7 +694,7 @@ def unlike(study):
 def similarity(studies):
     """Fu, figures 3, 8, 10: similarity of errors, and what the shuffled control scores."""
     to_newton = studies[0].similarity("Transformer", "Newton")
-    hills = by_layer(to_newton, range(33), first=1)
+    hills = by_layer(to_newton, range(to_newton.shape[1]), first=1)
     scores = collect([unlike(study) for study in studies])
     last = {name: np.mean([1 - score[-1] for score in scores[name]]) for name in scores}
     title = (
@@ -742,9 +750,14 @@ def conjugate_gradient(S, b, steps):
 #
 #     w*.x_q  =  sum over u of (w*.u) (u.x_q).
 #
-# Who has found the share f(lambda) along each u answers with the sum of f(lambda) (w*.u) (u.x_q).
-# So take many prompts, sort these parts into bins of lambda/lambda_max, and regress the answers
-# of a layer on the bins: the coefficients are the shares that this layer has found.
+# A learner that has found the share f(lambda) along each u answers with the sum of
+# f(lambda) (w*.u) (u.x_q).
+# An example in two dimensions: let lambda/lambda_max be 1 and .1, and let the parts of the sum be
+# 3 and -2. The answer is 1. Who has found all of the first direction, and .4 of the second,
+# answers 3 - .8 = 2.2.
+#
+# Now turn this round. Take many prompts, and add up the parts in each bin of lambda/lambda_max.
+# Regress the answers of a layer on these sums: the coefficients are the shares that it has found.
 
 
 def spectrum(xs, ys, t):
@@ -756,18 +769,18 @@ def spectrum(xs, ys, t):
     eigenvalues, U = torch.linalg.eigh(X.mT @ X)
     query = times(U.mT, xs[:, t].double())
     best = times(U.mT, times(X.mT, y)) / eigenvalues
-    share = eigenvalues / eigenvalues[:, -1:]
-    return share, U, query, best
+    ratio = eigenvalues / eigenvalues[:, -1:]
+    return ratio, U, query, best
 
 
-def share_found(answers, share, parts, edges):
+def share_found(answers, ratio, parts, edges):
     """The share of w* that answers contain, for each bin of lambda/lambda_max (section 9).
 
-    answers (steps, prompts); share, which is lambda/lambda_max, and parts, (w*.u)(u.x_q), are
+    answers (steps, prompts); ratio, which is lambda/lambda_max, and parts, (w*.u)(u.x_q), are
     (prompts, d); edges of the bins (bins+1). Sums the parts of each prompt in each bin, and
     returns the coefficients of least squares of the answers on these sums: (steps, bins)."""
-    bins = torch.bucketize(share, edges[1:-1])
-    sums = torch.zeros(len(share), len(edges) - 1).double()
+    bins = torch.bucketize(ratio, edges[1:-1])
+    sums = torch.zeros(len(ratio), len(edges) - 1).double()
     sums.scatter_add_(1, bins, parts)
     coefficients = torch.linalg.pinv(sums) @ answers.double().mT
     return coefficients.mT
@@ -778,14 +791,14 @@ def share_found(answers, share, parts, edges):
 # N that come closest to the answers of a layer: p tells which path it walks.
 
 
-def path_exponent(answers, share, parts):
+def path_exponent(answers, ratio, parts):
     """The exponent p of the path closest to one step's answers, (prompts,): a number.
 
     nan if even the closest path explains less than half of the answers."""
     clocks = 2.0 ** torch.arange(-1, 18, 0.5).double()[:, None, None]
     distances = {}
     for p in np.arange(0.3, 3.05, 0.1).round(1):
-        on_path = (path(share, p, clocks) * parts).sum(-1)  # (clocks, prompts)
+        on_path = (share_on_path(ratio, p, clocks) * parts).sum(-1)  # (clocks, prompts)
         distances[p] = (on_path - answers).square().mean(1).min()
     p = min(distances, key=distances.get)
     is_path = distances[p] < answers.square().mean() / 2
@@ -798,26 +811,25 @@ def filters(studies):
     edges = torch.logspace(-3, 0, 16).double()
     for study in studies:
         d = study.config.d
-        share, _, query, best = spectrum(study.xs, study.ys, d)
+        ratio, _, query, best = spectrum(study.xs, study.ys, d)
         parts = query * best
         layers = study.runs["Transformer"][..., d]
-        found.append(share_found(layers, share, parts, edges))
+        found.append(share_found(layers, ratio, parts, edges))
         later = layers[FIRST_LAYER:]
-        exponents.append([path_exponent(answers, share, parts) for answers in later])
+        exponents.append([path_exponent(answers, ratio, parts) for answers in later])
 
     middles = (edges[1:] * edges[:-1]).sqrt()
     of_layers = by_layer(found[0], middles, FIRST_LAYER)
-    numbers = range(FIRST_LAYER, len(layers))
+    numbers = range(FIRST_LAYER, studies[0].config.layers + 1)
     nearest = {"Transformer": [(numbers, p) for p in exponents]}
     for name, p in ("gradient descent", 1), ("Newton from alpha S", 2):
         nearest[name] = [(numbers, [p] * len(numbers))]
     panels = path_panels(of_layers, of_layers)
     axes = dict(ylim=(0, 2.5))
     panels.append(Panel("Exponent of the nearest path", "layer", "p", nearest, axes))
-    on_a_path = [[p for p in of_seed if p > 0] for of_seed in exponents]
     one_path = Claim(
         "Layers walk the path of gradient descent (exponent 1), not Fu's Newton's (2)",
-        [float(np.mean(of_seed or math.nan)) for of_seed in on_a_path],
+        torch.tensor(exponents).double().nanmean(1).tolist(),
         "<",
         1.5,
     )
@@ -832,9 +844,16 @@ def filters(studies):
 #
 # Which vectors? One can compute the answer x_q^T S^-1 b from either end. From the right: first
 # w = S^-1 b, then w.x_q. From the left: first z = S^-1 x_q, and then z.b, which is the sum over
-# examples of <z, x_i> y_i. That is an attention, with query z, keys x_i and values y_i! So we
-# look for w* and b, and for M_k x_q, with the M_k of both starts. A multiple of x_q itself is
-# no news, so it is taken out beforehand.
+# examples of <z, x_i> y_i. That is an attention, with query z, keys x_i and values y_i! Take
+# the prompt of section 1, where the query is x_4 = (-1, 2):
+#
+#     S = ( 2  1 )       z = S^-1 x_4 = (-4/3, 5/3)        example i          1      2      3
+#         ( 1  2 )                                         <z, x_i>        -4/3    5/3    1/3
+#                                                          <z, x_i> y_i    -8/3   -5/3    1/3
+#
+# The last line adds up to -4, as it should. No w was needed, and z is made of x's alone. So we
+# look for w* and b, and for M_k x_q, Newton's guesses of z, with the M_k of both starts. A
+# multiple of x_q itself is no news, so it is taken out beforehand.
 
 
 def probe(states, targets, x_q):
@@ -856,25 +875,28 @@ def probe(states, targets, x_q):
 
 def query_states(network, xs, ys, t):
     """The state at x_{t+1}, after t examples: (layers+1, prompts, width+1)."""
-    states = in_parts(network.states, xs[:, : t + 1], ys[:, : t + 1])
-    return states[:, :, -1]
+
+    def states(xs, ys):
+        return network.states(xs, ys)[:, :, -1]
+
+    return in_parts(states, xs[:, : t + 1], ys[:, : t + 1])
 
 
 def explained(network, xs, ys, t):
     """Probes into a network after t examples: {target: (layers+1, kinds)}.
 
     The kinds of M x_q are k = 1, 2, ..."""
-    share, U, query, best = spectrum(xs, ys, t)
+    ratio, U, query, best = spectrum(xs, ys, t)
     # S^-1 x_q along the eigenvectors, in units of 1/lambda_max:
-    of_inverse = query / share
+    of_inverse = query / ratio
     targets = {
-        "M x_q": [of_inverse * path(share, 1, 2.0**k) for k in range(1, 12)],
+        "M x_q": [of_inverse * share_on_path(ratio, 1, 2.0**k) for k in range(1, 12)],
         "M x_q, from alpha S": [
-            of_inverse * path(share, 2, 2.0**k) for k in range(1, 18)
+            of_inverse * share_on_path(ratio, 2, 2.0**k) for k in range(1, 18)
         ],
-        "whitened x_q": [query / (share + 0.01).sqrt()],
+        "whitened x_q": [query / (ratio + 0.01).sqrt()],
         "w*": [best],
-        "b": [best * share],
+        "b": [best * ratio],
     }
     states, x_q = query_states(network, xs, ys, t), xs[:, t].double()
     found = {}
@@ -901,9 +923,9 @@ def inside(studies):
     best = collect([{name: z.amax(1)[1:] for name, z in one.items()} for one in found])
     inverse, remains = [], []
     for M_x, random in zip(best["M x_q"], best["M x_q, random y"]):
-        share, layer = M_x.max(0)
-        inverse.append(float(share))
-        remains.append(float(random[layer] / share))
+        layer = M_x.argmax()
+        inverse.append(float(M_x[layer]))
+        remains.append(float(random[layer] / M_x[layer]))
     rule = [float(torch.cat(pair).max()) for pair in zip(best["w*"], best["b"])]
     hills = by_layer(found[0]["M x_q"], range(1, 12), first=1)
     label, axes = "share explained, beyond x_q", dict(ylim=(-0.1, 1))
@@ -998,7 +1020,7 @@ def averaged_errors(study, t, copies=8):
 # methods that use single examples rather than S.)
 
 
-def best_fixed_steps(study, t, steps=24):
+def best_fixed_steps(study, t, steps):
     """Error / d after t examples of the best method of 0, 1, ..., `steps` steps: (steps+1,).
 
     A feature for each power of S. But powers are nearly parallel, so Chebyshev's polynomials
@@ -1006,9 +1028,9 @@ def best_fixed_steps(study, t, steps=24):
     fitting = fresh_prompts(study.config, 10_000, "polynomials")
     features = []
     for xs, ys in fitting, (study.xs, study.ys):
-        share, _, query, best = spectrum(xs, ys, t)
-        polynomials = torch.from_numpy(chebvander(2 * share - 1, steps - 1))
-        features.append(times(polynomials.mT, query * best * share))
+        ratio, _, query, best = spectrum(xs, ys, t)
+        polynomials = torch.from_numpy(chebvander(2 * ratio - 1, steps - 1))
+        features.append(times(polynomials.mT, query * best * ratio))
     fit, judge = features
     errors = []
     for count in range(steps + 1):
@@ -1031,16 +1053,17 @@ def error_panel(title, studies, t, more={}, **axes):
 def convergence(studies):
     """Fu, figure 2: squared error against layer or step, after n and after d examples."""
     config, panels = studies[0].config, []
+    steps = 3 * config.layers
     for t in config.n, config.d:
         averaged = [averaged_errors(study, t) for study in studies]
-        fixed = [best_fixed_steps(study, t) for study in studies]
+        fixed = [best_fixed_steps(study, t, steps) for study in studies]
         last = [study.last_error(t) for study in studies]
         more = {
             "Transformer, averaged": [(range(len(z)), z) for z in averaged],
             "best fixed steps": [(range(len(z)), z) for z in fixed],
         }
         panels.append(
-            error_panel(f"After {t} examples", studies, t, more, xlim=(0, 24))
+            error_panel(f"After {t} examples", studies, t, more, xlim=(0, steps))
         )
         if t == config.n:
             noise = [1 - float(z[-1]) / error for z, error in zip(averaged, last)]
@@ -1074,9 +1097,10 @@ def convergence(studies):
 def equal_error(error, steps, errors):
     """After how many steps a method errs as little, with log error taken as linear in between.
 
-    If it errs 1, .1, .01 after 0, 1, 2 steps, then an error of .03 is worth 1.52 steps."""
+    If it errs 1, .1, .01 after 0, 1, 2 steps, then an error of .03 is worth 1.52 steps. If it
+    never errs as little: inf."""
     lowest = torch.as_tensor(errors).clamp_min(TINY).cummin(0).values
-    return float(np.interp(-math.log(error), -lowest.log(), steps))
+    return float(np.interp(-math.log(error), -lowest.log(), steps, right=math.inf))
 
 
 def conditioning(studies):
@@ -1244,43 +1268,46 @@ def optimal_preconditioner(Sigma, n):
 
 
 def linear_attention(studies):
-    """Error against layers of the networks of sections 14 and 15, beside Newton's and ours."""
+    """Error against layers of the networks of sections 14 and 15, beside Newton's and ours.
+
+    At kappa = 1. The networks of section 15 have no noise on y."""
     first, layers = studies[0], studies[0].config.layers
-    n, d = first.config.n, first.config.d
-    curves = {"best fixed steps": [(range(25), best_fixed_steps(first, n))]}
+    n, d, steps = first.config.n, first.config.d, 3 * layers
+    fixed = best_fixed_steps(first, n, steps)
+    curves = {"best fixed steps": [(range(steps + 1), fixed)]}
 
     generator = random_numbers(first.config, "polynomials")
     xs, _ = sample_prompts(1000, n - 1, d, generator=generator)
     eigenvalues = torch.linalg.eigvalsh(xs.mT @ xs / n).double()
     train_on, judge_on = eigenvalues.split(500)
     for name, rewrites in ("linear attention, y alone", 0), ("GD++", 1):
-        errors = []
+        errors = [1.0]  # of no layer
         for depth in range(1, layers + 1):
             numbers = train_linear_attention(train_on, depth, rewrites)
             missing = shares_missing(judge_on, numbers)[-1]
             errors.append(float(missing.square().mean()))
-        curves[name] = [errors]
-    (y_alone,), (gd_plus_plus,) = curves["linear attention, y alone"], curves["GD++"]
+        curves[name] = [(range(layers + 1), errors)]
+    ((_, y_alone),) = curves["linear attention, y alone"]
+    ((depths, gd_plus_plus),) = curves["GD++"]
     theory = 1 - float(optimal_preconditioner(torch.eye(d), n)[0, 0])
 
     xs, ys = first.xs.double(), first.ys.double()
     # One over the largest trace of X^T X, as a trace is above lambda_max:
     scale = 1 / xs.square().sum((1, 2)).max()
     start = scale * torch.eye(d).double()
-    method = method_as_learner(lambda S, b: newton(S, b, 24, start))
-    by_hand = newton_by_hand(xs, ys, 24, scale)
+    method = method_as_learner(lambda S, b: newton(S, b, steps, start))
+    by_hand = newton_by_hand(xs, ys, steps, scale)
     difference = (by_hand - method(xs, ys)[..., -1]).abs().max()
     errors = (by_hand - ys[:, -1]).square().mean(1) / d
-    curves["network by hand"] = [(range(25), errors)]
+    curves["network by hand"] = [(range(steps + 1), errors)]
 
-    numbers = range(1, layers + 1)
     worth = [
-        equal_error(study.last_error(n), numbers, gd_plus_plus) for study in studies
+        equal_error(study.last_error(n), depths, gd_plus_plus) for study in studies
     ]
     title = (
         f"GD++ errs as the Transformer's last layer after {np.mean(worth):.1f} layers"
     )
-    return [error_panel(title, studies, n, curves, xlim=(0, 16))], [
+    return [error_panel(title, studies, n, curves, xlim=(0, 2 * layers))], [
         Claim(
             "Thm. 5.1: a network with weights written by hand runs Newton (difference)",
             [float(difference)],
@@ -1289,7 +1316,7 @@ def linear_attention(studies):
         ),
         Claim(
             "Ahn, thm. 1: one trained layer errs as the theory predicts (difference)",
-            [abs(y_alone[0] / theory - 1)],
+            [abs(y_alone[1] / theory - 1)],
             "<",
             0.03,
         ),
@@ -1415,11 +1442,9 @@ class Config:
             object.__setattr__(self, field.name, value)
 
         grown = self.curriculum * (self.d - 2)
-        names = {"all", *EXPERIMENTS}
-        wanted = self.figures.split(",")
-        check(
-            names.issuperset(wanted), f"--figures {wanted}: not among {','.join(names)}"
-        )
+        names = ["all", *EXPERIMENTS]
+        for wanted in self.figures.split(","):
+            check(wanted in names, f"--figures {wanted}: not among {', '.join(names)}")
         check(self.n >= self.d + 2, f"--n {self.n}: at least d + 2")
         check(self.width % (2 * self.heads) == 0, "--heads: width / heads must be even")
         check(self.batch % 4 == 0, f"--batch {self.batch}: a multiple of 4")
@@ -1502,39 +1527,48 @@ def make_optimizers(model, config):
 # A kill at any moment leaves the old file or the new one, never half of one.
 
 
-def write_file(path, write):
-    """Let write(path) make a file, whole or not at all. OSError where that cannot be done."""
-    half_written = path.with_name(f"half-{os.getpid()}-{path.name}")
+HALF = ".icl_newton-half-"
+
+
+def write_file(path, write, tries=2):
+    """Let write(path) make a file, whole or not at all. OSError where that cannot be done.
+
+    It tries twice, as another run that just starts may have removed the half-written file."""
+    half_written = path.with_name(f"{HALF}{os.getpid()}-{path.name}")
     try:
         write(half_written)
         half_written.replace(path)
-    except FileNotFoundError:
-        write_file(path, write)  # another run, just starting, has cleaned up
     except OSError as error:
         half_written.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror}") from None
+        if tries == 1 or not isinstance(error, FileNotFoundError):
+            raise OSError(f"cannot write {path}: {error.strerror}") from None
+        write_file(path, write, tries - 1)
 
 
 def prepare_folder(folder):
     """Make a folder, see that it can be written, remove what killed runs left half-written."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "half-test", Path.touch)
-    for left in folder.glob("half-*"):
+    write_file(folder / f"{HALF}test", Path.touch)
+    for left in folder.glob(f"{HALF}*"):
         left.unlink(missing_ok=True)
 
 
 # Networks are kept in a folder. The name of a file knows all that decides the weights: settings,
 # Torch's version, and the code that trains, in its compiled form. So an edited schedule means a
-# new network, and an edited comment does not.
+# new network, and an edited comment or docstring does not.
 
 CHECKPOINTS = Path("checkpoints")
 SECONDS_BETWEEN_SAVES = 30
 
 
-def compiled(code):
-    """A function's code without names of files and addresses: the same on all machines."""
+def compiled(code, docstring=None):
+    """What a function does, without its docstring, names of files, and addresses.
+
+    It is the same on all machines that have one version of Python."""
     constants = [
-        compiled(z) if isinstance(z, types.CodeType) else z for z in code.co_consts
+        compiled(z) if isinstance(z, types.CodeType) else z
+        for z in code.co_consts
+        if z is not docstring
     ]
     return code.co_code, code.co_names, constants
 
@@ -1556,7 +1590,8 @@ def checkpoint_path(config):
         Muon.step,
         *filter(inspect.isfunction, vars(Transformer).values()),
     ]
-    code = [compiled(inspect.unwrap(function).__code__) for function in functions]
+    functions = map(inspect.unwrap, functions)
+    code = [compiled(function.__code__, function.__doc__) for function in functions]
     decides = dataclasses.replace(config, seeds=1, prompts=64, figures="all", out="")
     if config.kappa == 1:
         decides = dataclasses.replace(decides, tuning=0)
@@ -1581,6 +1616,15 @@ def restore(path, generator, parts):
     return done
 
 
+def in_a_line(config, step, errors, seconds):
+    """How far a training is."""
+    error, t = errors[:, -1].square().mean() / config.d, errors.shape[1] - 1
+    return (
+        f"  step {step} of {config.steps}: error / d {error:.2g} after {t} examples; "
+        f"about {seconds:.0f} s left"
+    )
+
+
 def train(config):
     """The trained network of these settings: from its file, or by training.
 
@@ -1603,28 +1647,24 @@ def train(config):
     # core a thread of ours.
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
-    with ThreadPoolExecutor(cores, "quarter", torch.set_num_threads, (1,)) as threads:
-        steps = training(config, model, optimizers, generator, first, threads.map)
-        for done, errors in enumerate(steps, first + 1):
-            now = time.perf_counter()
-            if (
-                done not in (first + 10, config.steps)
-                and now < saved + SECONDS_BETWEEN_SAVES
-            ):
-                continue
-            if not errors.isfinite().all():
-                raise FloatingPointError(f"errors are not finite at step {done}")
-            error, t = errors[:, -1].square().mean() / config.d, errors.shape[1] - 1
-            left = (now - start) / (done - first) * (config.steps - done)
-            print(
-                f"  step {done} of {config.steps}: error / d {error:.2g} after {t} examples; "
-                f"about {left:.0f} s left",
-                flush=True,
-            )
-            state = done, generator.get_state(), [part.state_dict() for part in parts]
-            write_file(path, functools.partial(torch.save, state))
-            saved = now
-    torch.set_num_threads(cores)
+    try:
+        with ThreadPoolExecutor(cores, "quarter", torch.set_num_threads, (1,)) as pool:
+            steps = training(config, model, optimizers, generator, first, pool.map)
+            for done, errors in enumerate(steps, first + 1):
+                now = time.perf_counter()
+                due = now >= saved + SECONDS_BETWEEN_SAVES
+                if not due and done not in (first + 10, config.steps):
+                    continue
+                if not errors.isfinite().all():
+                    raise FloatingPointError(f"errors are not finite at step {done}")
+                left = (now - start) / (done - first) * (config.steps - done)
+                print(in_a_line(config, done, errors, left), flush=True)
+                states = [part.state_dict() for part in parts]
+                state = done, generator.get_state(), states
+                write_file(path, functools.partial(torch.save, state))
+                saved = now
+    finally:
+        torch.set_num_threads(cores)
     return model.requires_grad_(False)
 
 
@@ -1673,7 +1713,8 @@ def draw(title, panels):
     shown = {}
     for place, panel in enumerate(panels, 1):
         ax = figure.add_subplot(1, len(panels), place)
-        for i, (learner, curves) in enumerate(panel.curves.items(), 2):
+        last = list(panel.curves)[-1]  # "layer 8", if it shows layers
+        for learner, curves in panel.curves.items():
             for curve in curves:
                 x, y = (
                     curve
@@ -1682,7 +1723,8 @@ def draw(title, panels):
                 )
                 (line,) = ax.plot(x, y, LOOK.get(learner, ".-"))
                 if learner not in LOOK:
-                    line.set_color(plt.cm.YlOrRd(i / 10))
+                    depth = int(learner[6:]) / int(last[6:])
+                    line.set_color(plt.cm.YlOrRd(0.1 + 0.8 * depth))
                 shown[learner] = line
         ax.set(
             title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, **panel.axes
@@ -1725,9 +1767,10 @@ def in_words(claim):
 def table(results):
     """The claims of all results, in lines of Markdown."""
     lines = ["| claim | measured, seed by seed | holds in |", "|---|---|---|"]
-    for name in filter(results.get, EXPERIMENTS):
-        for claim in results[name]["claims"]:
-            lines.append(f"| {' | '.join(in_words(claim))} |")
+    for name in EXPERIMENTS:
+        if name in results:
+            for claim in results[name]["claims"]:
+                lines.append(f"| {' | '.join(in_words(claim))} |")
     return "\n".join(lines)
 
 
@@ -1736,7 +1779,7 @@ def earlier_results(path, settings):
     try:
         record = json.loads(path.read_text("utf-8"))
         return record["figures"] if record["settings"] == settings else {}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
@@ -1764,12 +1807,14 @@ def run(config):
         ]
         return [Study(one, train(one)) for one in configs]
 
-    names = EXPERIMENTS if config.figures == "all" else config.figures.split(",")
-    for name in names:
+    names = config.figures.split(",")
+    for name in EXPERIMENTS if "all" in names else names:
         if name in ("paths", "stages"):
             panels, claims = EXPERIMENTS[name]()
+        elif name == "linear_attention":
+            panels, claims = EXPERIMENTS[name](studies(1.0))
         elif name == "conditioning":
-            panels, claims = conditioning(studies(1.0) + studies(100.0))
+            panels, claims = EXPERIMENTS[name](studies(1.0) + studies(100.0))
         else:
             panels, claims = EXPERIMENTS[name](studies(config.kappa))
         title = "\n".join("{}: {} (in {})".format(*in_words(claim)) for claim in claims)
@@ -1827,7 +1872,8 @@ def main(arguments=None):
         print("\nicl_newton: stopped; say it again to go on", file=sys.stderr)
         return 130
     except (ArithmeticError, ValueError, OSError, MemoryError, RuntimeError) as error:
-        print(f"icl_newton: {str(error).splitlines()[0]}", file=sys.stderr)
+        first_line, *_ = str(error).splitlines() or [type(error).__name__]
+        print(f"icl_newton: {first_line}", file=sys.stderr)
         return 1
     return 0
 
