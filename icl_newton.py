@@ -829,7 +829,7 @@ def filters(studies):
     panels.append(Panel("Exponent of the nearest path", "layer", "p", nearest, axes))
     one_path = Claim(
         "Layers walk the path of gradient descent (exponent 1), not Fu's Newton's (2)",
-        torch.tensor(exponents).double().nanmean(1).tolist(),
+        torch.tensor(exponents, dtype=torch.float64).nanmean(1).tolist(),
         "<",
         1.5,
     )

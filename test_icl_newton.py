@@ -1249,6 +1249,7 @@ def test_error_curves_count_the_steps(plant):
         assert list(steps) == list(counts)
         miss = study.runs[learner][:, :, 9] - study.ys[:, 9]
         near(errors, [(z @ z) / 150 / D for z in miss])
+    study.runs["Transformer"] = study.runs["Transformer"].flip(0)
     miss = study.runs["Transformer"][LAYERS, :, 9] - study.ys[:, 9]
     near(study.last_error(9), miss @ miss / 150 / D)
 
