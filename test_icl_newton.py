@@ -664,7 +664,6 @@ def make_homework():
 
 import json
 import math
-import multiprocessing
 
 import numpy as np
 from matplotlib.colors import to_hex
@@ -1937,15 +1936,23 @@ def test_damaged_checkpoints_are_named():
             lib.train(tiny())
 
 
-def train_a_seed(seed):
-    return lib.train(tiny(seed=seed)).mlp.sum().item()
+FORKS = """
+import multiprocessing, icl_newton as lib
+
+def train(seed):
+    config = lib.Config(d=5, n=8, width=8, heads=2, steps=4, batch=4, curriculum=0, seed=seed)
+    return lib.train(config).mlp.sum().item()
+
+alone = train(4)
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    first, second = pool.map_async(train, [4, 5]).get(timeout=60)
+print(first == alone != second)
+"""
 
 
 def test_seeds_train_side_by_side_in_forked_processes():
-    alone = train_a_seed(4)
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        found = pool.map_async(train_a_seed, [4, 5]).get(timeout=60)
-    assert found[0] == alone != found[1]
+    said, _ = start("-c", FORKS, env=WHERE).communicate()
+    assert said.endswith("True\n"), said
 
 
 # Pictures, tables, runs
@@ -2145,6 +2152,9 @@ def test_exit_statuses(monkeypatch, capsys):
     assert lib.main(["--seed", "9"]) == 0 and ran[0].seed == 9
 
 
+WHERE = os.environ | dict(PYTHONPATH=str(PROGRAM.parent), PYTHONDONTWRITEBYTECODE="1")
+
+
 def start(*command, **options):
     """A Python process, of which the output is kept."""
     options |= dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -2171,8 +2181,7 @@ def test_who_starts_the_program():
 def test_an_import_has_no_effects():
     state = "torch.get_num_threads(), torch.initial_seed(), os.listdir()"
     code = f"import os, torch; before = {state}; import icl_newton; print(before == ({state}))"
-    paths = dict(PYTHONPATH=str(PROGRAM.parent), PYTHONDONTWRITEBYTECODE="1")
-    assert start("-c", code, env=os.environ | paths).communicate()[0] == "True\n"
+    assert start("-c", code, env=WHERE).communicate()[0] == "True\n"
 
 
 # The classroom
