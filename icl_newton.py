@@ -48,6 +48,7 @@ Notation, after Fu:
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -127,8 +128,8 @@ def fresh_prompts(config, count, purpose):
 def prefix_moments(xs, ys, ridge=0.0):
     """S + ridge I (prompts, n+1, d, d) and b (prompts, n+1, d) after t = 0, ..., n examples.
 
-    In float64, like all methods here. If y has noise of variance s^2, the best predictor is
-    the w that solves (S + s^2 I) w = b. So for noisy prompts ridge is s^2."""
+    In float64, like all methods here. If y has noise of variance s^2, then the mean of all w*
+    that the examples allow solves (S + s^2 I) w = b. So for noisy prompts ridge is s^2."""
     # Shifted by one: whoever predicts y_{t+1} may see the examples 1 to t, not the answer.
     seen_xs = F.pad(xs.double(), (0, 0, 1, -1))
     seen_ys = F.pad(ys.double(), (1, -1))
@@ -210,8 +211,9 @@ def gradient_descent(S, b, steps):
 #
 #     R_{k+1}  =  I - S (2 M_k - M_k S M_k)  =  (I - S M_k)^2  =  R_k^2.
 #
-# So R_k is R_0 to the power 2^k. And w_k = M_k b = M_k S w*. As M_k commutes with S, this
-# means w* - w_k = R_k w*: what is missing from the inverse is missing from w.
+# So R_k is R_0 to the power 2^k. And w_k = M_k b = M_k S w*. If M_0 is a polynomial in S, then
+# so is every M_k, and it commutes with S. This means w* - w_k = R_k w*: what is missing from the
+# inverse is missing from w.
 # (If t < d, then S has no inverse. All this holds within the span of the examples.)
 #
 # Now compare the two tables. Newton's shares found, .250, .438, .684, are those of gradient
@@ -248,10 +250,14 @@ def gradient_descent_doubled(S, b, doublings):
 
 
 # Fu start elsewhere, from M_0 = alpha S. Then R_0 is I - alpha S^2, and the share missing is
-# (1 - alpha lambda^2)^(2^k). That is another path. Small eigenvalues enter squared, so they
-# are found later: with alpha = 1/lambda_max^2, Newton reaches lambda_max/1000 after 20 steps.
-# While directions are being found, *two* of its steps double the steps of gradient descent;
-# only in the end, when all are found, does one step do that, as from I/lambda_max.
+# (1 - alpha lambda^2)^(2^k). That is another path. Small eigenvalues enter squared, so they are
+# found later. How far does each reach, with alpha = 1/lambda_max^2?
+#
+#     steps k                                     2       4       10         20
+#     from I/lambda_max:  lambda_max / 2^k       1/4    1/16   1/1,000  1/1,000,000
+#     from alpha S:       lambda_max / 2^(k/2)   1/2     1/4     1/32     1/1,000
+#
+# So to reach as far as twice the steps of gradient descent, it takes *two* steps from alpha S.
 
 
 def newton_start(S):
@@ -353,12 +359,15 @@ def interleave(xs, ys):
     return tokens[:, :-1]
 
 
-# Attention compares tokens and mixes them. So an example is of use only once its x and its y
-# stand in one token. They arrive in two: the token y_i has to copy x_i from the token to its
-# left, and the first layers do that. If each position had to learn this copy on its own,
-# training would get stuck. But in a code of sines and cosines, "one to the left" is the same
-# rotation at all positions. So positions start as such a code, and are then trained like all
-# other weights.
+# Attention compares the state of one token with that of another, and takes something of the other
+# along. To answer, the query has to be compared with an x_i, and to take along its y_i. So x_i
+# and y_i must stand in one token. They arrive in two: the token y_i has to copy x_i from the token
+# to its left. (In the first two layers the answers do not improve, see section 7. We take it that
+# the network copies then, but we did not look.)
+#
+# If each position had to learn the copy on its own, training would take long. But in a code of
+# sines and cosines, "one to the left" is the same rotation at all positions. So positions start as
+# such a code, and are then trained like all other weights.
 
 
 def sinusoids(tokens, width):
@@ -409,7 +418,8 @@ class Transformer(nn.Module):
         """Causal attention: h (prompts, tokens, width); Q, K, V, O (4, width, width)."""
         Q, K, V, O = weights
 
-        def split(z):  # -> (prompts, heads, tokens, width / heads)
+        def split(z):
+            """A part for each head: (prompts, heads, tokens, width / heads)."""
             return z.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
         queries = normalize(split(h @ Q.mT))
@@ -499,12 +509,17 @@ def training(config, model, optimizers, generator, first_step=0, map=map):
 # (steps, prompts, n+1). The methods of sections 2 and 3 are learners, too.
 
 
+def parts_of(xs, ys):
+    """The prompts, 64 at a time: this keeps memory small."""
+    return zip(xs.split(64), ys.split(64))
+
+
 def layers_as_learner(network, xs, ys):
     """Fit the lines of all layers on these prompts, and return the layers as a learner.
 
     Its step 0 is the embedding, and its step l is layer l."""
     S, b = 0, 0  # sums over the parts
-    for some_xs, some_ys in zip(xs.split(64), ys.split(64)):  # in parts, to save memory
+    for some_xs, some_ys in parts_of(xs, ys):
         H = network.states(some_xs, some_ys).flatten(1, 2)  # (layers+1, states, ...)
         S = S + H.mT @ H
         b = b + times(H.mT, some_ys.double().flatten())
@@ -516,6 +531,7 @@ def method_as_learner(method, ridge=0.0):
     """The learner of a method that takes S and b and returns the w of all its steps."""
 
     def learner(xs, ys):
+        """w.x_q, with the w of each step after t examples: (steps, prompts, n+1)."""
         weights = method(*prefix_moments(xs, ys, ridge))
         return (weights * xs.double()).sum(-1)
 
@@ -523,9 +539,8 @@ def method_as_learner(method, ridge=0.0):
 
 
 def in_parts(function, xs, ys):
-    """function(xs, ys) for 64 prompts at a time, joined in axis 1: memory stays small."""
-    parts = zip(xs.split(64), ys.split(64))
-    return torch.cat([function(*part) for part in parts], dim=1)
+    """function(xs, ys) of a few prompts at a time, joined in axis 1."""
+    return torch.cat([function(*part) for part in parts_of(xs, ys)], dim=1)
 
 
 # %% 7. Which step is a layer like? (Fu, section 4.1)
@@ -600,11 +615,12 @@ def best_matches(study, learner, method):
 
 
 # Fu's own Transformer, 12 layers of width 256: its best matches, from figures 8 and 10. They,
-# too, compare 1, 2, 4, 8, ... steps of gradient descent.
+# too, compare 1, 2, 4, 8, ... steps of gradient descent. From layer 3 to 8, the slopes are 2.8 and
+# 1.5; later they are lower, as its last layers have nothing left to do.
 FU_NEWTON_STEPS = np.array("1 1 2 5 8 10 14 16 20 20 21 21".split(), int)
 FU_DOUBLINGS = np.array("0 0 2 3 5 6 8 9 10 12 12 12".split(), int)
 
-FIRST_LAYER = 3  # slopes begin here: the first layers are busy gathering the examples
+FIRST_LAYER = 3  # slopes begin here, as the first layers do not improve the answers yet
 
 
 def slope(steps):
@@ -651,7 +667,7 @@ def rates(studies):
     return panels, [faster, doubling]
 
 
-# %% What this picture says
+# %% What the picture of `rates` says
 # From layer to layer the answers improve as by two or three steps of Newton, as in Fu's network
 # (gray). Gradient descent would have to double its steps each time, and more. If the network
 # ran gradient descent, one step in a layer, its curve on the right would be log2(1), log2(2),
@@ -660,9 +676,10 @@ def rates(studies):
 # But a match is not an identity. First, both panels show *one* fact, since Newton and gradient
 # descent walk nearly one path. Second, how alike are a layer and its best match? Most of an
 # error nobody can avoid, since t < d examples do not determine w*. So all decent learners are
-# alike. A control shows how much: take the best Newton step, and add to it the deviations from
-# it that the layer has *on another prompt*. Where this shuffled learner scores as well as the
-# layer itself, a high score says that the deviations are small, and nothing else.
+# alike. Here is a control. A layer deviates a little from its best Newton step. Add to that step
+# the deviations that the layer has *on another prompt*. If a high score meant that the layer does
+# what Newton does on this very prompt, this shuffled learner would score worse. From layer 4 on it
+# does not: the score says that the deviations are small, and nothing else.
 
 
 # %% 7, continued. How alike?
@@ -717,8 +734,12 @@ def similarity(studies):
 #
 # How? Let it go along a direction p to the lowest point of the error. The next direction is the
 # new residual r' = b - S w, plus c times p, with c such that (r' + c p)^T S p = 0: then the step
-# along it does not undo the one along p. As S p is (r - r') / step_size, and r' is at right
-# angles to r, this gives c = |r'|^2 / |r|^2. (With all earlier directions it is 0 by itself.)
+# along it does not undo the one along p. The step has changed the residual by r - r' = step S p.
+# And the residuals r, r' are at right angles, and so are r' and p. Therefore
+#
+#     r'^T S p = -|r'|^2 / step,    p^T S p = p^T r / step = |r|^2 / step,    c = |r'|^2 / |r|^2.
+#
+# (One can show that r' + c p does not undo the steps before that one, either.)
 
 
 def conjugate_gradient(S, b, steps):
@@ -879,17 +900,19 @@ def query_states(network, xs, ys, t):
     """The state at x_{t+1}, after t examples: (layers+1, prompts, width+1)."""
 
     def states(xs, ys):
+        """Those of the last token."""
         return network.states(xs, ys)[:, :, -1]
 
     return in_parts(states, xs[:, : t + 1], ys[:, : t + 1])
 
 
-def explained(network, xs, ys, t):
-    """Probes into the layers of a network after t examples: {target: (layers, kinds)}.
+def probe_targets(xs, ys, t):
+    """What to look for at x_{t+1}, after t examples: {target: (kinds, prompts, d)}, float64.
 
-    The kinds of M_k x_q are k = 1, 2, ..."""
+    The kinds of M_k x_q are k = 1, 2, .... Also, for a control, x_q, S x_q and S^2 x_q side by
+    side, (prompts, 3d)."""
     ratio, U, query, best = spectrum(xs, ys, t)
-    # S^-1 x_q along the eigenvectors, in units of 1/lambda_max:
+    # Along an eigenvector, M_k is the share found over lambda. With lambda_max as the unit:
     of_inverse = query / ratio
     M_x = [of_inverse * share_on_path(ratio, 1, 2.0**k) for k in range(1, 12)]
     from_S = [of_inverse * share_on_path(ratio, 2, 2.0**k) for k in range(1, 18)]
@@ -901,17 +924,17 @@ def explained(network, xs, ys, t):
         "w*": [best],
         "b": [best * ratio],
     }
-    states, x_q = query_states(network, xs, ys, t)[1:], xs[:, t].double()
-    found = {}
-    for name, kinds in targets.items():
-        targets[name] = times(U, torch.stack(kinds))
-        found[name] = probe(states, targets[name], x_q)
-
-    # As a control, x_q, S x_q and S^2 x_q in the place of a state:
     powers = [times(U, query * ratio**power) for power in range(3)]
-    control = probe(torch.cat(powers, dim=-1)[None], targets["M_7 x_q"], x_q)
-    found["M_7 x_q, by a quadratic in S"] = control.expand(len(states), 1)
-    return found
+    targets = {name: times(U, torch.stack(z)) for name, z in targets.items()}
+    return targets, torch.cat(powers, dim=-1)
+
+
+def explained(network, xs, ys, t, targets):
+    """Probes into the layers of a network at x_{t+1}: {target: (layers, kinds)}."""
+    states, x_q = query_states(network, xs, ys, t)[1:], xs[:, t].double()
+    shares = probe(states, torch.cat([*targets.values()]), x_q)
+    numbers_of_kinds = [len(kinds) for kinds in targets.values()]
+    return dict(zip(targets, shares.split(numbers_of_kinds, dim=1)))
 
 
 def inside(studies):
@@ -922,11 +945,17 @@ def inside(studies):
         xs, ys = fresh_prompts(config, 4000, "probes")
         generator = random_numbers(config, "random-y")
         random_ys = t**0.5 * torch.randn(ys.shape, generator=generator)
-        shares = explained(study.network, xs, ys, t)
-        with_random = explained(study.network, xs, random_ys, t)
-        untrained = explained(Transformer(config), xs, ys, t)
+        targets, powers = probe_targets(xs, ys, t)
+        shares = explained(study.network, xs, ys, t, targets)
+
+        # Controls, for one target: random y's, an untrained network, and a quadratic in S.
+        M_7 = {"M_7 x_q": targets["M_7 x_q"]}
+        with_random = explained(study.network, xs, random_ys, t, M_7)
+        untrained = explained(Transformer(config), xs, ys, t, M_7)
+        quadratic = probe(powers[None], M_7["M_7 x_q"], xs[:, t].double())
         shares["M_7 x_q, random y"] = with_random["M_7 x_q"]
         shares["M_7 x_q, untrained"] = untrained["M_7 x_q"]
+        shares["M_7 x_q, by a quadratic in S"] = quadratic.expand(config.layers, 1)
         found.append(shares)
 
     best = collect(
@@ -938,7 +967,7 @@ def inside(studies):
         inverse.append(float(M_x[layer]))
         can_be_read = M_x[layer] > 0.1
         remains.append(float(random[layer] / M_x[layer]) if can_be_read else math.nan)
-    quadratic = [float(z[0]) for z in best["M_7 x_q, by a quadratic in S"]]
+    by_quadratic = [float(z[0]) for z in best["M_7 x_q, by a quadratic in S"]]
     rule = [float(torch.cat(pair).max()) for pair in zip(best["w*"], best["b"])]
 
     hills = by_layer(found[0]["M_k x_q"], range(1, 12), first=1)
@@ -956,10 +985,10 @@ def inside(studies):
             "better than a quadratic in S explains it (share)",
             inverse,
             ">",
-            quadratic,
+            by_quadratic,
         ),
         Claim(
-            "It is made of x's alone: with random y's it is there, too (part that remains)",
+            "M_7 x_q is made of x's alone: with random y's it is there, too (part that remains)",
             remains,
             ">",
             0.9,
@@ -969,8 +998,9 @@ def inside(studies):
 
 
 # %% What the probes say
-# The network works from the left: a partial inverse, which reaches further from layer to layer,
-# is applied to the query, and no w appears. Section 14 writes down a network that works from the
+# The network works from the left: a partial inverse is applied to the query, and no w appears. Up
+# to about layer 6 the inverse reaches further from layer to layer, then it fades from the stream
+# (perhaps as the answer takes its place). Section 14 writes down a network that works from the
 # left, exactly.
 #
 # What the probe cannot tell. First, by which algorithm the inverse came about. Gradient
@@ -984,11 +1014,12 @@ def inside(studies):
 
 
 # %% 11. The error that is noise
-# After all n examples the last layer still errs. Has it not converged yet? That would be a
-# property of the problem. So change what should not matter: take the examples in another order,
-# rotate all x's, flip the sign of all y's. Newton, gradient descent and conjugate gradient do
-# not notice. Collect the answers on such copies of a prompt, and take their mean: what vanishes
-# was noise of the network.
+# After all n examples the last layer still errs. Has it not converged yet? Then it would err in
+# the same way if the same problem were put differently. So change what should not matter: take
+# the examples in another order, rotate all x's, flip the sign of all y's. Newton, gradient
+# descent and conjugate gradient do not notice. Collect the answers on such copies of a prompt,
+# and take their mean: the error that vanishes is what we call noise of the network. (Though
+# nothing in it is random: the same copy gets the same answer.)
 
 
 def averaged_errors(study, t, copies=8):
@@ -1136,7 +1167,7 @@ def conditioning(studies):
 # 3. Inside. A partial inverse applied to the query can be read, made of x's alone. No w* can.
 # 4. Precision. After n examples most of the last layer's error is noise of the network. It
 #    vanishes in the mean over copies of the prompt that should not matter. (After d examples,
-#    where convergence is slow, it is a tenth.) No exact method has such noise.
+#    where convergence is slow, it is 7 to 17%.) No exact method has such noise.
 # 5. Is it Newton, then? It has Newton's speed, and an inverse as Newton has. It is not exact: not
 #    free of scale, and in two networks of three worst on prompts that are easiest for Newton (see
 #    README). And others pass: ridge regression whose ridge shrinks from layer to layer, and GD++
@@ -1337,13 +1368,16 @@ def linear_attention(studies):
 
 
 # %% What GD++ says
-# With the x's rewritten, half as many layers come to the last error of our Transformer (at d =
-# 20). And if a layer also rescales its x's, x <- (3 x - S x) / 2 with S in units of
-# lambda_max, then two fixed numbers are enough, this one and a step of 1.2 for y. This is the
-# iteration of Newton and Schulz for S^(-1/2). In the place of our layers 1 to 8 it matches
-# Newton's steps 2 5 7 10 12 14 17 19, and the tests show that it passes all our claims of
-# speed and path. So these do not say "Newton's inverse". They say: each layer reaches smaller
-# eigenvalues, by a constant factor or more.
+# With the x's rewritten, half as many layers come to the last error of our Transformer (at d = 20).
+# (At layer 7 its curve rises: 300 steps do not train it to the end.) And if a layer also rescales
+# its x's, two fixed numbers are enough. In units of lambda_max, for the y's and for the x's,
+#
+#     missing  <-  missing (1 - 1.2 left^2 lambda),      left  <-  left (3 - left^2 lambda) / 2.
+#
+# The second is the iteration of Newton and Schulz for S^(-1/2). In the place of our layers 1 to 8
+# this matches Newton's steps 2 5 7 10 12 14 17 19, and it passes all our claims of speed and path.
+# So these do not say "Newton's inverse". They say: each layer reaches smaller eigenvalues, by a
+# constant factor or more.
 
 
 # %% 16. Softmax attention learns in stages (Huang et al., arXiv 2310.05249)
@@ -1633,13 +1667,28 @@ def restore(path, generator, parts):
     return done
 
 
-def in_a_line(config, step, errors, seconds):
+def progress(config, step, errors, seconds):
     """How far a training is."""
     error, t = errors[:, -1].square().mean() / config.d, errors.shape[1] - 1
     return (
         f"  step {step} of {config.steps}: error / d {error:.2g} after {t} examples; "
         f"about {seconds:.0f} s left"
     )
+
+
+@contextlib.contextmanager
+def side_by_side():
+    """A map that works on as many things at once as there are cores.
+
+    Torch splits tensors as small as ours badly among its threads. So meanwhile it gets one, and
+    each core a thread of ours."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(cores, "quarter", torch.set_num_threads, (1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(cores)
 
 
 def train(config):
@@ -1649,39 +1698,33 @@ def train(config):
     kappa = 1 goes on for `tuning` steps. FloatingPointError: errors are not finite; ValueError:
     a damaged checkpoint; OSError: a file cannot be written."""
     prepare_folder(CHECKPOINTS)
-    path, purpose = checkpoint_path(config), "training"
-    model = Transformer(config).to("cuda" if torch.cuda.is_available() else "cpu")
-    optimizers = make_optimizers(model, config)
+    path, purpose, easy = checkpoint_path(config), "training", None
     if config.kappa > 1:
         easy = train(dataclasses.replace(config, kappa=1))
-        model.load_state_dict(easy.state_dict())
         config = dataclasses.replace(config, steps=config.tuning, curriculum=0)
         purpose = "tuning"
-    generator, parts = random_numbers(config, purpose), [model, *optimizers]
-    first = restore(path, generator, parts)
-    start = saved = time.perf_counter()
-    # Torch splits tensors as small as ours badly among its threads. So it gets one, and each
-    # core a thread of ours.
-    cores = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(cores, "quarter", torch.set_num_threads, (1,)) as pool:
-            steps = training(config, model, optimizers, generator, first, pool.map)
-            for done, errors in enumerate(steps, first + 1):
-                now = time.perf_counter()
-                due = now >= saved + SECONDS_BETWEEN_SAVES
-                if not due and done not in (first + 10, config.steps):
-                    continue
-                if not errors.isfinite().all():
-                    raise FloatingPointError(f"errors are not finite at step {done}")
-                left = (now - start) / (done - first) * (config.steps - done)
-                print(in_a_line(config, done, errors, left), flush=True)
-                states = [part.state_dict() for part in parts]
-                state = done, generator.get_state(), states
-                write_file(path, functools.partial(torch.save, state))
-                saved = now
-    finally:
-        torch.set_num_threads(cores)
+    with side_by_side() as map:  # from here on, so that forked processes can train
+        model = Transformer(config).to("cuda" if torch.cuda.is_available() else "cpu")
+        if easy:
+            model.load_state_dict(easy.state_dict())
+        optimizers = make_optimizers(model, config)
+        generator, parts = random_numbers(config, purpose), [model, *optimizers]
+        first = restore(path, generator, parts)
+        start = saved = time.perf_counter()
+        steps = training(config, model, optimizers, generator, first, map)
+        for done, errors in enumerate(steps, first + 1):
+            now = time.perf_counter()
+            due = now >= saved + SECONDS_BETWEEN_SAVES
+            if not due and done not in (first + 10, config.steps):
+                continue
+            if not errors.isfinite().all():
+                raise FloatingPointError(f"errors are not finite at step {done}")
+            left = (now - start) / (done - first) * (config.steps - done)
+            print(progress(config, done, errors, left), flush=True)
+            states = [part.state_dict() for part in parts]
+            state = done, generator.get_state(), states
+            write_file(path, functools.partial(torch.save, state))
+            saved = now
     return model.requires_grad_(False)
 
 
@@ -1820,6 +1863,7 @@ def run(config):
 
     @functools.cache  # for this run only
     def studies(kappa):
+        """The studies of all seeds, with this kappa."""
         seeds = range(config.seed, config.seed + config.seeds)
         configs = [
             dataclasses.replace(config, seed=seed, kappa=kappa) for seed in seeds

@@ -664,6 +664,7 @@ def make_homework():
 
 import json
 import math
+import multiprocessing
 
 import numpy as np
 from matplotlib.colors import to_hex
@@ -1360,8 +1361,9 @@ class HoldsRule:
 
 def test_probes_find_what_planted_networks_hold():
     xs, ys = lib.fresh_prompts(tiny(d=D, curriculum=0), 2000, "probes")
+    targets, _ = lib.probe_targets(xs, ys, D)
     networks = HandWritten(), YAlone(), HoldsRule()
-    written, y_alone, rule = (lib.explained(z, xs, ys, D) for z in networks)
+    written, y_alone, rule = (lib.explained(z, xs, ys, D, targets) for z in networks)
     share, k = written["M_k x_q"].max(1)
     assert (share[1:] > 0.8).all() and (k.diff() >= 0).all() and k[-1] > k[0]
     for found in written, y_alone:
@@ -1371,48 +1373,52 @@ def test_probes_find_what_planted_networks_hold():
 
 
 @pytest.fixture
-def probes(monkeypatch):
-    """What lib.explained asks its probes, of 4 prompts after 6 examples: states, targets."""
+def wanted():
+    """What probes look for in 4 prompts after 6 examples; x_q, S / lambda_max, S and b."""
     xs, ys = some_prompts(prompts=4)
-    asked = []
+    S, b = moments_after(xs, ys, 6)
+    unit_S = S / torch.linalg.matrix_norm(S, 2)[:, None, None]
+    return *lib.probe_targets(xs, ys, 6), xs[:, 6], unit_S, S, b
+
+
+def test_probe_targets_are_newtons_own_iterates(wanted):
+    targets, _, x_q, unit_S, *_ = wanted
+    M_x, from_S = targets["M_k x_q"], targets["M_k x_q, from alpha S"]
+    near(M_x, lib.newton(unit_S, x_q, 11, torch.eye(6).double())[1:], 1e-6)
+    near(from_S, lib.newton(unit_S, x_q, 17, unit_S)[1:], 1e-6)
+    near(targets["M_7 x_q"], M_x[6:7])
+
+
+def test_probe_targets_w_and_b_and_the_whitened_query(wanted):
+    targets, _, x_q, unit_S, S, b = wanted
+    values, U = torch.linalg.eigh(unit_S)
+    expected = lib.times(U, (values + 0.01) ** -0.5 * lib.times(U.mT, x_q))
+    near(targets["whitened x_q"][0], expected, 1e-6)
+    near(targets["w*"][0], torch.linalg.solve(S, b), 1e-6)
+    near(targets["b"][0] * torch.linalg.matrix_norm(S, 2)[:, None], b, 1e-6)
+
+
+def test_the_control_of_probes_is_a_quadratic_in_S(wanted):
+    _, powers, x_q, unit_S, *_ = wanted
+    expected = [x_q, lib.times(unit_S, x_q), lib.times(unit_S @ unit_S, x_q)]
+    near(powers, torch.cat(expected, 1), 1e-6)
+
+
+def test_probes_look_at_the_layers_and_not_at_the_embedding(monkeypatch):
+    xs, ys = some_prompts(prompts=4)
+    number_of_layer = torch.arange(3)[:, None, None].expand(3, 4, 9)
 
     def probe(states, targets, x_q):
         near(x_q, xs[:, 6])
-        asked.append((states, targets))
-        return torch.zeros(len(states), len(targets))
+        return states[:, :1, 0] + targets[:, 0, 0]
 
-    monkeypatch.setattr(lib, "query_states", lambda *arguments: torch.ones(3, 4, 9))
+    monkeypatch.setattr(lib, "query_states", lambda *arguments: number_of_layer)
     monkeypatch.setattr(lib, "probe", probe)
-    found = lib.explained(None, xs, ys, 6)
-    assert {len(shares) for shares in found.values()} == {2}  # the layers
-    S, b = moments_after(xs, ys, 6)
-    return asked, xs[:, 6], S / torch.linalg.matrix_norm(S, 2)[:, None, None], S, b
-
-
-def test_probe_targets_are_newtons_own_iterates(probes):
-    asked, x_q, S, *_ = probes
-    M_x, M_7, from_S, *_ = [targets for _, targets in asked]
-    near(M_x, lib.newton(S, x_q, 11, torch.eye(6).double())[1:], 1e-6)
-    near(from_S, lib.newton(S, x_q, 17, S)[1:], 1e-6)
-    near(M_7, M_x[6:7])
-
-
-def test_probe_targets_w_and_b_and_the_whitened_query(probes):
-    asked, x_q, unit_S, S, b = probes
-    *_, whitened, w, b_found, _ = [targets[0] for _, targets in asked]
-    values, U = torch.linalg.eigh(unit_S)
-    expected = lib.times(U, (values + 0.01) ** -0.5 * lib.times(U.mT, x_q))
-    near(whitened, expected, 1e-6)
-    near(w, torch.linalg.solve(S, b), 1e-6)
-    near(b_found * torch.linalg.matrix_norm(S, 2)[:, None], b, 1e-6)
-
-
-def test_the_control_of_probes_is_a_quadratic_in_S(probes):
-    asked, x_q, S, *_ = probes
-    (_, (M_7,)), (states, targets) = asked[1], asked[-1]
-    near(targets, M_7[None])
-    powers = [x_q, lib.times(S, x_q), lib.times(S @ S, x_q)]
-    near(states, torch.cat(powers, 1)[None], 1e-6)
+    targets = dict(a=torch.tensor([10, 20]), b=torch.tensor([30]))
+    targets = {name: z[:, None, None].expand(-1, 4, 6) for name, z in targets.items()}
+    found = lib.explained(None, xs, ys, 6, targets)
+    near(found["a"], [[11, 21], [12, 22]])
+    near(found["b"], [[31], [32]])
 
 
 def test_inside_of_planted_networks(plant):
@@ -1437,19 +1443,24 @@ def test_inside_of_planted_networks(plant):
 def test_inside_reads_its_tables(plant, monkeypatch):
     """Of four layers, with shares that can be told apart; answers are known by their size."""
 
-    def explained(network, xs, ys, t):
+    def explained(network, xs, ys, t, targets):
         is_random = not torch.equal(ys, study_ys)
         M_7 = torch.tensor([0.2, 0.8, 0.5, 0.4]) / (2 if is_random else 1)
         kinds = torch.tensor([0.9, 0.1]).expand(4, 2)
-        quadratic = torch.full((4,), 0.6)
-        columns = {"M_7 x_q": M_7, "M_7 x_q, by a quadratic in S": quadratic}
-        columns |= {"whitened x_q": M_7, "w*": M_7 / 10, "b": M_7 / 4}
+        columns = {"M_7 x_q": M_7, "whitened x_q": M_7, "w*": M_7 / 10, "b": M_7 / 4}
         tables = {name: column[:, None] for name, column in columns.items()}
         return tables | {"M_k x_q": kinds, "M_k x_q, from alpha S": kinds}
 
+    def probe(states, targets, x_q):
+        near(states, powers[None])
+        near(targets, wanted["M_7 x_q"])
+        return torch.tensor([[0.6]])
+
     study = plant(lib.method_as_learner(newton_twice))
-    _, study_ys = lib.fresh_prompts(study.config, 4000, "probes")
+    study_xs, study_ys = lib.fresh_prompts(study.config, 4000, "probes")
+    wanted, powers = lib.probe_targets(study_xs, study_ys, D)
     monkeypatch.setattr(lib, "explained", explained)
+    monkeypatch.setattr(lib, "probe", probe)
     panels, (inverse, remains, rule) = lib.inside([study])
     near([*inverse.measured, *inverse.bar], [0.8, 0.6], 1e-6)
     near([*remains.measured, *rule.measured], [0.5, 0.2], 1e-6)
@@ -1462,9 +1473,9 @@ def test_inside_reads_its_tables(plant, monkeypatch):
 def test_controls_are_random_answers_and_an_untrained_network(plant, monkeypatch):
     seen, real = [], lib.explained
 
-    def recorded(network, xs, ys, t):
+    def recorded(network, xs, ys, t, targets):
         seen.append((network, xs, ys))
-        return real(network, xs, ys, t)
+        return real(network, xs, ys, t, targets)
 
     monkeypatch.setattr(lib, "explained", recorded)
     study = plant(lib.method_as_learner(newton_twice))
@@ -1850,7 +1861,7 @@ def test_training_at_kappa_goes_on_with_prompts_of_its_own(monkeypatch):
     monkeypatch.setattr(lib, "training_prompts", prompts)
     monkeypatch.setattr(lib, "random_numbers", numbers)
     hard, easy = lib.train(tiny(kappa=9.0)), lib.train(tiny())
-    assert purposes[:4] == ["weights", "weights", "training", "tuning"]
+    assert purposes[:4] == ["weights", "training", "weights", "tuning"]
     laws, first = zip(*seen)
     assert laws == ((1, 3, 14),) * 14 + ((9, 0, 7),) * 7 and len(set(first)) == 21
     far = (hard.mlp - lib.Transformer(tiny()).mlp).norm()
@@ -1936,23 +1947,17 @@ def test_damaged_checkpoints_are_named():
             lib.train(tiny())
 
 
-FORKS = """
-import multiprocessing, icl_newton as lib
-
-def train(seed):
-    config = lib.Config(d=5, n=8, width=8, heads=2, steps=4, batch=4, curriculum=0, seed=seed)
-    return lib.train(config).mlp.sum().item()
-
-alone = train(4)
-with multiprocessing.get_context("fork").Pool(2) as pool:
-    first, second = pool.map_async(train, [4, 5]).get(timeout=60)
-print(first == alone != second)
-"""
+def train_a_seed(seed):
+    return lib.train(tiny(seed=seed)).mlp.sum().item()
 
 
 def test_seeds_train_side_by_side_in_forked_processes():
-    said, _ = start("-c", FORKS, env=WHERE).communicate()
-    assert said.endswith("True\n"), said
+    """Also where the first process has used Torch's threads before."""
+    draws(1000, 1000).exp().sum()
+    alone = train_a_seed(4)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        found = pool.map_async(train_a_seed, [4, 5]).get(timeout=60)
+    assert found[0] == alone != found[1]
 
 
 # Pictures, tables, runs
