@@ -310,9 +310,11 @@ def path_panels(on_one_path, on_another):
     one_path, another = {"its path": one_path}, {"its path": another}
     labels = "lambda / lambda_max", "share of w* found"
     axes = dict(xscale="log", ylim=(-0.1, 1.4))
+    first = "Path of gradient descent: after 1, 2, 4, ..., 512 steps"
+    second = "Path of Newton from alpha S: after 0, 2, 4, ..., 18 steps"
     return [
-        Panel("The path of gradient descent", *labels, one_path | on_one_path, axes),
-        Panel("The path of Newton from alpha S", *labels, another | on_another, axes),
+        Panel(first, *labels, one_path | on_one_path, axes),
+        Panel(second, *labels, another | on_another, axes),
     ]
 
 

@@ -1273,7 +1273,7 @@ def test_similarity_beside_shuffled_deviations(plant):
     assert f"{descent:.3f} to descent" in right.title and not claims
 
 
-def test_exponents_of_known_paths():
+def test_known_paths_have_their_exponents():
     share, parts = torch.rand(800, 8).double() ** 3, draws(800, 8)
     for p, N in (1, 3.0), (1, 100.0), (2, 50.0), (0.5, 2.0):
         answers = ((1 - (1 - share**p) ** N) * parts).sum(-1)
@@ -2134,7 +2134,7 @@ def test_bad_input_is_a_line_and_status_2(capsys):
     assert Path("a_file").read_text() == "mine" and os.listdir() == ["a_file"]
 
 
-def test_exit_statuses(monkeypatch, capsys):
+def test_statuses_with_which_it_exits(monkeypatch, capsys):
     for error, status in (
         (KeyboardInterrupt(), 130),
         (ValueError("it\nis"), 1),
